@@ -1,0 +1,1 @@
+"""What exists: nodes, pools, and how their names are written. Imports neither of the others."""

@@ -1,0 +1,363 @@
+"""The agent's loop: read assignment.json, make the node so, write report.json. I/O."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import psutil
+
+from launcher import __version__
+from launcher.agent import processes
+from launcher.agent.checks import Preflight
+from launcher.agent.engine import Engine, Surroundings
+from launcher.agent.heart import Heart, Loss
+from launcher.documents import (
+    AgentConfig,
+    Assignment,
+    Evidence,
+    MemberReport,
+    NetAddress,
+    NodePhase,
+    Report,
+)
+from launcher.errors import StateError
+from launcher.files import make_private, read_document, write_document
+from launcher.paths import BasePaths
+
+TURN_S = 0.2
+BEAT_S = 5.0
+ASSIGNMENT_POLL_S = 0.5
+LOCK_WITHIN_S = 2.0
+# Variables of an enclosing job that would confuse what the engine starts.
+_NOT_INHERITED = ("SBATCH_", "LAUNCHER_", "RAY_", "VLLM_", "PYTHON", "VIRTUAL_ENV")
+
+
+class Agent:
+    """One node of one allocation. `run` returns when the node has been stopped."""
+
+    def __init__(self, base: BasePaths, node: str) -> None:
+        config = read_document(base.config, AgentConfig)
+        if config is None:
+            raise StateError("is not there", where=str(base.config))
+        self.config = config
+        self.base = base
+        self.node = node
+        self.paths = base.node(node)
+        make_private(self.paths.root)
+        make_private(self.paths.logs)
+        self._lock = _only_one(self.paths.root / "agent.lock")
+        self.secrets = _read_secrets(base.secrets)
+        self.mark = f"{config.mark}/{node}"
+        self.reaper = processes.Reaper()
+        address = config.addresses.get(node, "0.0.0.0")
+        self.heart = Heart(self.secrets["agent_token"].encode(), address, self._on_loss)
+        self.addresses = _own_addresses(config.addresses.get(node))
+        self.assignment: Assignment | None = None
+        self.engine: Engine | None = None
+        self.preflight: Preflight | None = None
+        self.lost_peer: Loss | None = None
+        self.evidence: Evidence | None = None
+        self._assignment_stat: tuple[int, int] | None = None
+        self._looked_at = 0.0
+        self._reported: Report | None = None
+        self._reported_at = 0.0
+        self._phase_since: tuple[NodePhase, float] = ("starting", time.time())
+        self._fenced_revision = 0
+        self._ordered_to_end = False
+        self._boot_id = _boot_id()
+
+    def run(self) -> None:
+        processes.become_subreaper()
+        processes.kill_all(processes.marked(self.mark))  # what an earlier agent of this node left
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        self.heart.start()
+        while not self._turn():
+            self.heart.woken.wait(TURN_S)
+            self.heart.woken.clear()
+        self.heart.stop()
+
+    def _turn(self) -> bool:
+        """One round; True when the node has ended and has said so."""
+        self._read_assignment()
+        self._reconcile()
+        if self.engine:
+            self._take_loss(self.engine)  # before the exits that it causes are seen
+            self.engine.poll()
+            self._after_poll(self.engine)
+        ended = self._is_over()
+        self._report("stopped" if ended else self._phase())
+        return ended
+
+    def _read_assignment(self) -> None:
+        now = time.monotonic()
+        hinted = self.heart.assignment_hint > (self.assignment.revision if self.assignment else 0)
+        if not hinted and now - self._looked_at < ASSIGNMENT_POLL_S:
+            return
+        self._looked_at = now
+        try:
+            stat = self.paths.assignment.stat()
+        except OSError:
+            return
+        seen = (stat.st_mtime_ns, stat.st_ino)
+        if seen == self._assignment_stat and not hinted:
+            return
+        try:
+            new = read_document(self.paths.assignment, Assignment)
+        except StateError as error:
+            self.evidence = self._evidence("error", str(error))
+            return
+        self._assignment_stat = seen
+        if new and (self.assignment is None or new.revision > self.assignment.revision):
+            self._take(new)
+
+    def _take(self, new: Assignment) -> None:
+        self.assignment = new
+        if new.goal != "stopped":
+            self.evidence = None
+        if new.peers:
+            self.heart.ask_reach(new.peers)
+        if new.checks:
+            environment = {**_clean_environment(), **self._node_environment()}
+            address = self.config.addresses.get(self.node, "0.0.0.0")
+            self.preflight = Preflight(new.revision, new.checks, address).start(
+                self.reaper, self.paths.root, environment
+            )
+
+    def _reconcile(self) -> None:
+        """Start or stop the engine so that it is what the assignment says."""
+        assignment = self.assignment
+        if self._ordered_to_end or assignment is None or assignment.goal != "rank":
+            if self.engine:
+                self.heart.release()
+                grace = assignment.stop_grace_s if assignment else 5
+                self.engine.stop(grace)
+            return
+        member = assignment.member
+        if member is None or assignment.revision <= self._fenced_revision:
+            return
+        if self.engine and self.engine.member.scope != member.scope:
+            self.heart.release()
+            self.engine.stop(assignment.stop_grace_s)
+            return
+        if self.engine is None:
+            leader = next((p.node for p in member.peers), None) if member.rank else None
+            self.heart.hold(member.scope, member.peers, leader)
+            self.engine = Engine(member, self._surroundings(), self.reaper)
+            self.engine.start()
+
+    def _take_loss(self, engine: Engine) -> None:
+        loss = self.lost_peer
+        if loss is None or engine.evidence:
+            return
+        what = "ended its part" if loss.said_so else "stopped answering"
+        message = f"{loss.peer} {what}; its lease is over"
+        engine.lose(self._evidence("lost_peer", message, at=loss.at, process=loss.peer))
+
+    def _after_poll(self, engine: Engine) -> None:
+        if engine.evidence and self.evidence is None:
+            self.evidence = engine.evidence
+            self.heart.release()
+            self._fenced_revision = self.assignment.revision if self.assignment else 0
+        if engine.first_token_at or (engine.member.rank and self.heart.leader_serves()):
+            self.heart.set_serving()
+        if engine.gone:
+            self.engine = None
+            self.lost_peer = None
+
+    def _phase(self) -> NodePhase:
+        if self.evidence:
+            return "failed"
+        if self.engine:
+            if self.engine.is_stopping:
+                return "draining"
+            if self.engine.first_token_at or self.heart.leader_serves():
+                return "serving"
+            return "joining"
+        if self.assignment is None:
+            return "starting"
+        if self.preflight and self.preflight.facts is None:
+            return "preflight"
+        return "idle"
+
+    def _is_over(self) -> bool:
+        if self.engine is not None:
+            return False
+        if self._ordered_to_end or (self.assignment and self.assignment.goal == "stopped"):
+            return True
+        silent_s = time.monotonic() - self.heart.controller_heard_at
+        return silent_s > self.config.orphan_timeout_s
+
+    def _report(self, phase: NodePhase) -> None:
+        if phase != self._phase_since[0]:
+            self._phase_since = (phase, time.time())
+        last = self._reported
+        report = Report(
+            revision=last.revision if last else 0,
+            beat=last.beat if last else 0,
+            node=self.node,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            package_version=__version__,
+            boot_id=self._boot_id,
+            phase=phase,
+            since=self._phase_since[1],
+            assignment_revision=self.assignment.revision if self.assignment else 0,
+            addresses=self.addresses,
+            heartbeat_port=self.heart.port,
+            facts=self.preflight.facts if self.preflight else None,
+            checks_for=self.preflight.revision if self.preflight else None,
+            reach=self.heart.reach_found(),
+            member=self._member_report(),
+            evidence=self.evidence,
+        )
+        now = time.monotonic()
+        changed = report != last
+        if not changed and now - self._reported_at < BEAT_S:
+            return
+        report = report.model_copy(
+            update={"revision": report.revision + int(changed), "beat": report.beat + 1}
+        )
+        try:
+            write_document(self.paths.report, report)
+        except StateError:
+            return  # a full disk: the last report stays, the next round tries again
+        self._reported, self._reported_at = report, now
+        self.heart.report_revision = report.revision
+        self._reported = report
+
+    def _member_report(self) -> MemberReport | None:
+        if self.engine is None:
+            last = self._reported.member if self._reported else None
+            return last.model_copy(update={"processes": {}}) if last else None
+        member = self.engine.member
+        ready = self.engine.first_token_at
+        endpoint = f"http://{member.address}:{member.ports['api']}/v1" if ready else None
+        return MemberReport(
+            replica=member.replica,
+            generation=member.generation,
+            rank=member.rank,
+            endpoint=endpoint,
+            processes=self.engine.pids,
+            first_token_at=ready,
+            waiting_for=self.engine.waiting_for,
+        )
+
+    def _surroundings(self) -> Surroundings:
+        cache = self.config.cache_folder or str(Path.home() / ".local/state/launcher/cache")
+        return Surroundings(
+            node=self.node,
+            base=self.base.root,
+            logs=self.paths.logs,
+            cache=Path(cache),
+            mark=self.mark,
+            environment=_clean_environment(),
+            secrets=self.secrets,
+        )
+
+    def _node_environment(self) -> dict[str, str]:
+        """What the scripts' preamble needs where no engine is being started."""
+        around = self._surroundings()
+        return {
+            "LAUNCHER_NODE": self.node,
+            "LAUNCHER_TMP": str(self.paths.root),
+            "LAUNCHER_BASE": str(self.base.root),
+            "LAUNCHER_CACHE": str(make_private(around.cache)),
+            "LAUNCHER_MARK": self.mark,
+        }
+
+    def _evidence(
+        self, kind: str, message: str, *, at: float | None = None, process: str = ""
+    ) -> Evidence:
+        return Evidence.model_validate(
+            {
+                "kind": kind,
+                "message": message,
+                "node": self.node,
+                "at": at or time.time(),
+                "process": process,
+            }
+        )
+
+    def _on_loss(self, loss: Loss) -> None:
+        """Called in the heart's thread: fence first, tell the main loop afterwards."""
+        self.lost_peer = loss
+        engine = self.engine
+        if engine:
+            engine.fence()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._ordered_to_end = True
+        self.heart.woken.set()
+
+
+def _only_one(lock: Path) -> int:
+    """Hold the node's lock for our life, so that a repeated start is harmless."""
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + LOCK_WITHIN_S
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:  # a reader that looks whether we live holds it for an instant
+            if time.monotonic() > deadline:
+                message = "another agent of this node is running"
+                raise StateError(message, where=str(lock)) from error
+            time.sleep(0.05)
+    os.ftruncate(handle, 0)
+    os.write(handle, f"{os.getpid()}\n".encode("ascii"))
+    return handle
+
+
+def _read_secrets(folder: Path) -> dict[str, str]:
+    secrets = {}
+    with contextlib.suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            if file.is_file() and not file.name.startswith("."):
+                secrets[file.name] = file.read_text(encoding="utf-8").strip()
+    if "agent_token" not in secrets:
+        raise StateError("holds no agent_token", where=str(folder))
+    return secrets
+
+
+def _clean_environment() -> dict[str, str]:
+    """The environment of the node's user, without what belongs to another program or launcher."""
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)
+    }
+
+
+def _own_addresses(forced: str | None) -> tuple[NetAddress, ...]:
+    """Every IPv4 address of this node, loopback left out unless it was given to us."""
+    if forced:
+        return (NetAddress(interface=_interface_of(forced), ip=forced, prefix=8),)
+    found = []
+    stats = psutil.net_if_stats()
+    for interface, addresses in sorted(psutil.net_if_addrs().items()):
+        if interface == "lo" or not (interface in stats and stats[interface].isup):
+            continue
+        for address in addresses:
+            if address.family == socket.AF_INET and address.netmask:
+                bits = sum(int(part).bit_count() for part in address.netmask.split("."))
+                found.append(NetAddress(interface=interface, ip=address.address, prefix=bits))
+    return tuple(found)
+
+
+def _interface_of(ip: str) -> str:
+    if ip.startswith("127."):
+        return "lo"
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(address.address == ip for address in addresses):
+            return interface
+    return "lo"
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return "unknown"

@@ -1,0 +1,33 @@
+"""What a dead engine said: the line of its log that names the cause, and its last lines. Pure."""
+
+import re
+
+# vLLM prefixes its lines with "(EngineCore pid=12) ERROR 11-21 13:00:00 [core.py:1] ".
+_PREFIX = re.compile(r"^(\([^)]*\)\s*)?((INFO|WARNING|ERROR|DEBUG)\s[\d\- :]+\[[^\]]*\]\s*)?")
+_CAUSE = re.compile(
+    r"^([A-Za-z_][\w.]*(Error|Exception|Interrupt)\b.*|.*\bout of memory\b.*"
+    r"|vllm: error: .*|.*error: (unrecognized|argument|invalid).*|.*address already in use.*"
+    r"|launcher: .*|.*: command not found|.*No such file or directory.*|.*Permission denied.*"
+    r"|.*No space left on device.*)",
+    re.I,
+)
+# These only report that something else failed before.
+_ECHO = re.compile(
+    r"See root cause above|EngineDeadError|Executor failed|WorkerProc initialization failed"
+    r"|Engine core initialization failed|resource_tracker|SystemExit|KeyboardInterrupt"
+)
+CAUSE_MAX = 400
+
+
+def cause(log: str) -> str:
+    """The first line that names an error which is not the echo of another; empty if none does."""
+    for raw in log.splitlines():
+        text = _PREFIX.sub("", raw).strip()
+        if _CAUSE.match(text) and not _ECHO.search(text):
+            return text[:CAUSE_MAX]
+    return ""
+
+
+def tail(log: str, lines: int = 20) -> str:
+    kept = [line.rstrip()[:500] for line in log.splitlines() if line.strip()]
+    return "\n".join(kept[-lines:])

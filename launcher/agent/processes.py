@@ -1,0 +1,180 @@
+"""Processes that the agent starts: each in a group of its own, all of them findable, all killable.
+
+The agent is a sub-reaper: whatever an engine daemonises stays below it. Beside that every process
+carries our mark in its environment, by which a later agent finds what an earlier one left. Nothing
+is ever killed by its name.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import psutil
+
+MARK_VARIABLE = "LAUNCHER_MARK"
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def become_subreaper() -> None:
+    """Orphans below us become our children instead of those of PID 1."""
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+class Reaper:
+    """Starts children and collects every one that ended, adopted ones included."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._own: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(
+        self, arguments: list[str], environment: dict[str, str], log: Path, folder: Path
+    ) -> subprocess.Popen[bytes]:
+        """Start a child in a session of its own, its output appended to `log` (mode 0600)."""
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            with self._lock:
+                child = subprocess.Popen(
+                    arguments,
+                    env=environment,
+                    cwd=folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=handle,
+                    stderr=handle,
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent,  # noqa: PLW1509 - calls prctl, nothing else
+                )
+                self._own[child.pid] = child
+        finally:
+            os.close(handle)
+        return child
+
+    def run(
+        self, arguments: list[str], environment: dict[str, str], timeout_s: float
+    ) -> tuple[int, str]:
+        """Run a short child to its end; (exit code, output), 124 when it was killed for time."""
+        with self._lock:
+            child = subprocess.Popen(
+                arguments,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._own[child.pid] = child
+        try:
+            output, _ = child.communicate(timeout=timeout_s)
+            code = child.returncode
+        except subprocess.TimeoutExpired:
+            signal_group(child.pid, signal.SIGKILL)
+            output, _ = child.communicate()
+            code = 124
+        finally:
+            self._own.pop(child.pid, None)
+        return code, output[-65_536:].decode("utf-8", "replace")
+
+    def collect_adopted(self) -> None:
+        """Reap zombies that were handed to us when their parents died."""
+        with self._lock:
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.Error, ChildProcessError):
+                    if child.pid not in self._own and child.status() == psutil.STATUS_ZOMBIE:
+                        os.waitpid(child.pid, os.WNOHANG)
+
+    def forget(self, pid: int) -> None:
+        self._own.pop(pid, None)
+
+
+def signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def descendants() -> list[psutil.Process]:
+    """Everything below this process that still runs."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if _status(process) not in (None, psutil.STATUS_ZOMBIE)
+    ]
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Processes of this user that carry this mark, but for ourselves and our ancestors."""
+    me = psutil.Process()
+    spared = {me.pid, *(parent.pid for parent in me.parents())}
+    found = []
+    for process in psutil.process_iter():
+        if process.pid in spared:
+            continue
+        try:
+            if process.uids().real == os.getuid() and (
+                process.environ().get(MARK_VARIABLE) == mark
+            ):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue  # ended meanwhile, or not ours to read
+    return found
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def segments_of(processes: list[psutil.Process]) -> set[str]:
+    """Files in /dev/shm that these processes have mapped: theirs to leave behind when killed."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{process.pid}/maps", encoding="utf-8", errors="replace") as maps:
+                for row in maps:
+                    _, slash, name = row.rstrip("\n").partition("/dev/shm/")
+                    if slash and not name.endswith(" (deleted)"):
+                        found.add(name)
+    return found
+
+
+def remove_segments(names: set[str]) -> list[str]:
+    """Remove those of the segments that are ours and that nobody maps any more."""
+    still_mapped: set[str] = set()
+    owned = {
+        name
+        for name in names
+        if "/" not in name and name not in ("", ".", "..") and _owned(Path("/dev/shm") / name)
+    }
+    if owned:
+        mine = [p for p in psutil.process_iter() if _status(p) != psutil.STATUS_ZOMBIE]
+        still_mapped = segments_of(mine)
+    removed = []
+    for name in sorted(owned - still_mapped):
+        with contextlib.suppress(OSError):
+            (Path("/dev/shm") / name).unlink()
+            removed.append(name)
+    return removed
+
+
+def _owned(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid == os.getuid()
+    except OSError:
+        return False
+
+
+def _status(process: psutil.Process) -> str | None:
+    try:
+        return str(process.status())
+    except psutil.Error:
+        return None

@@ -1,0 +1,40 @@
+"""Remove what an allocation left on this machine: by its mark, never by a name. I/O."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import psutil
+
+from launcher.agent.processes import MARK_VARIABLE, kill_all, remove_segments, segments_of
+
+GONE_WITHIN_S = 5.0
+
+
+def sweep(mark: str) -> int:
+    """Kill every process of this user whose mark starts with `mark/`; returns how many there were.
+
+    Shared-memory segments that they had mapped and the scratch folders they ran in go, too.
+    """
+    found, scratch = [], set()
+    for process in psutil.process_iter():
+        try:
+            if process.uids().real != os.getuid():
+                continue
+            environment = process.environ()
+        except (psutil.Error, OSError):
+            continue
+        if environment.get(MARK_VARIABLE, "").startswith(f"{mark}/"):
+            found.append(process)
+            scratch.add(environment.get("LAUNCHER_TMP", ""))
+    segments = segments_of(found)
+    kill_all(found)
+    deadline = time.monotonic() + GONE_WITHIN_S
+    psutil.wait_procs(found, timeout=max(0.0, deadline - time.monotonic()))
+    remove_segments(segments)
+    for folder in scratch:
+        path = Path(folder)
+        if path.name.startswith(f"fl-{os.getuid()}-") and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+    return len(found)

@@ -1,0 +1,151 @@
+"""Carry out a plan: for each step the intent first (record and journal), then the act. I/O."""
+
+from launcher.context import Ground
+from launcher.documents import Evidence
+from launcher.errors import FleetError
+from launcher.files import make_private, write_document, write_text
+from launcher.journal import Journal
+from launcher.paths import RunPaths
+from launcher.plan import Allocate, Assign, Down, Fail, Note, Plan, Release, Step
+from launcher.record import Failure, ReplicaRecord, RunRecord
+
+RELEASE_TRIES = 3
+
+
+class Executor:
+    """Holds the record of a run and is the only one that changes it."""
+
+    def __init__(self, ground: Ground, record: RunRecord, paths: RunPaths) -> None:
+        self._ground = ground
+        self._paths = paths
+        self._journal = Journal(paths.journal)
+        self.record = record
+
+    def apply(self, plan: Plan, now: float) -> None:
+        for step in plan.steps:
+            if isinstance(step, Release):
+                self._release(step, now)
+                continue
+            self._save(remember(self.record, step, now))
+            self._journal.write(type(step).__name__.lower(), **_details(step))
+            try:
+                self._act(step)
+            except FleetError as error:
+                self._journal.write("failed", step=type(step).__name__.lower(), error=str(error))
+                if isinstance(step, Allocate):
+                    failure = _failure_of(error, now)
+                    self._save(remember(self.record, Fail(step.replica, failure), now))
+                else:
+                    return  # the next round sees what is missing and tries again
+
+    def set_endpoint(self, endpoint: str | None) -> None:
+        """The fleet's address, found once."""
+        if endpoint:
+            self._save(self.record.model_copy(update={"first_endpoint": endpoint}))
+            self._journal.write("endpoint", endpoint=endpoint)
+
+    def _release(self, step: Release, now: float) -> None:
+        """The intent is in the record since Down or Fail; here the end is, once it is reached."""
+        self._journal.write("release", replica=step.replica, allocation=step.allocation)
+        try:
+            self._act(step)
+        except FleetError as error:
+            tries = self.record.replicas[step.replica].release_tries + 1
+            self._journal.write("failed", step="release", error=str(error), tries=tries)
+            note = Note(step.replica, {"release_tries": tries, "leftover": str(error)})
+            self._save(remember(self.record, note, now))
+            if tries < RELEASE_TRIES:
+                return
+        self._save(remember(self.record, step, now))
+
+    def _act(self, step: Step) -> None:
+        replica = self.record.replicas[step.replica]
+        allocation = self._ground.allocation(
+            self.record.run, replica, replica.allocation, replica.nodes
+        )
+        backend = self._ground.backend
+        match step:
+            case Allocate():
+                self._write_rendered(replica)
+                backend.allocate(allocation)
+            case Assign(node=node, assignment=assignment):
+                backend.assign(allocation, node, assignment)
+            case Release():
+                backend.release(allocation)
+            case Fail() | Down() | Note():
+                return
+
+    def _write_rendered(self, replica: ReplicaRecord) -> None:
+        folder = make_private(self._paths.rendered / f"{replica.name}.a{replica.allocation}")
+        scripts = self._ground.rendered(
+            self.record.run, replica, replica.allocation, replica.nodes
+        )
+        for name, text in scripts.items():
+            write_text(folder / name, text, mode=0o700)
+
+    def _save(self, record: RunRecord) -> None:
+        if record != self.record:
+            write_document(self._paths.record, record)
+            self.record = record
+
+
+def remember(record: RunRecord, step: Step, now: float) -> RunRecord:
+    """The record after the intent of this step. Pure."""
+    replica = record.replicas[step.replica]
+    match step:
+        case Allocate(allocation=number, nodes=nodes):
+            changes = {"intent": "up", "allocation": number, "nodes": nodes, "requested_at": now}
+        case Assign(node=node, assignment=assignment):
+            changes = {"assignments": {**replica.assignments, node: assignment}}
+        case Fail(failure=failure):
+            began = replica.stopping_at or now
+            at = min(replica.failure.at, failure.at) if replica.failure else failure.at
+            failure = failure.model_copy(update={"at": at})
+            changes = {"intent": "down", "failure": failure, "stopping_at": began}
+        case Down():
+            changes = {"intent": "down", "stopping_at": now}
+        case Release():
+            changes = {"released": True}
+        case Note(changes=changes):
+            pass
+    after = replica.model_copy(update=changes)
+    return record.model_copy(update={"replicas": {**record.replicas, replica.name: after}})
+
+
+def _failure_of(error: FleetError, now: float) -> Failure:
+    return Failure(
+        code=error.code,
+        exit_code=error.exit_code,
+        message=error.message,
+        where=error.where,
+        hint=error.hint,
+        at=now,
+    )
+
+
+def _details(step: Step) -> dict[str, object]:
+    match step:
+        case Allocate():
+            return {"replica": step.replica, "allocation": step.allocation, "nodes": step.nodes}
+        case Assign():
+            member = step.assignment.member
+            generation = member.generation if member else None
+            return {
+                "replica": step.replica,
+                "node": step.node,
+                "goal": step.assignment.goal,
+                "revision": step.assignment.revision,
+                "generation": generation,
+            }
+        case Fail():
+            evidence: Evidence | None = step.failure.evidence
+            return {
+                "replica": step.replica,
+                "message": step.failure.message,
+                "where": step.failure.where,
+                "evidence": evidence.model_dump() if evidence else None,
+            }
+        case Note():
+            return {"replica": step.replica, **step.changes}
+        case _:
+            return {"replica": step.replica}

@@ -1,0 +1,83 @@
+"""What a backend answers. Everything else of the product is shared between backends."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from inventory.model import Pool
+from launcher.documents import AgentConfig, Assignment, Report
+from launcher.paths import BasePaths
+from launcher.snapshot import AllocationView
+
+LOG_READ_MAX_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One allocation of one replica: enough to ask for it, find it again, and give it back."""
+
+    fleet: str
+    run: int
+    replica: str
+    number: int
+    nodes: tuple[str, ...]
+    base: BasePaths
+    config: AgentConfig
+    secrets: dict[str, str]
+    script: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.fleet}.{self.replica}.a{self.number}"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One look at an agent's report; `problem` says why there is none, where that is known."""
+
+    report: Report | None = None
+    problem: str = ""
+    ended: bool = False
+
+
+class Backend(Protocol):
+    """One of local, ssh, slurm. Every method that talks to the outside has a deadline.
+
+    Expected errors are FleetErrors; `observe` and `look` return what they could not see as values.
+    """
+
+    kind: str
+    shares_machine: bool
+    chooses_nodes: bool
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything is started: exit codes 2 and 5."""
+
+    def pool(self) -> Pool:
+        """The nodes that this fleet may use."""
+
+    def commands(self, allocation: Allocation) -> dict[str, str]:
+        """What `allocate` will run, as files by name, for `render`."""
+
+    def allocate(self, allocation: Allocation) -> None:
+        """Get agents onto nodes; harmless when repeated."""
+
+    def observe(self, allocation: Allocation) -> AllocationView:
+        """What became of the allocation."""
+
+    def look(self, allocation: Allocation, nodes: tuple[str, ...]) -> dict[str, Seen]:
+        """The newest report of each of these nodes."""
+
+    def assign(self, allocation: Allocation, node: str, assignment: Assignment) -> None:
+        """Replace a node's assignment.json."""
+
+    def release(self, allocation: Allocation) -> None:
+        """Give the nodes back and remove what is left; harmless when repeated."""
+
+    def logs(self, allocation: Allocation, node: str) -> list[str]:
+        """The names of this node's logs."""
+
+    def read_log(self, allocation: Allocation, node: str, name: str, offset: int) -> bytes:
+        """A log from this offset (negative: from its end), at most LOG_READ_MAX_BYTES."""
+
+    def close(self) -> None:
+        """End connections."""

@@ -1,0 +1,271 @@
+"""The command line: parse, call, print. Everything heavy is imported inside the commands."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from inventory.errors import FleetError
+
+app = typer.Typer(
+    name="launcher",
+    help="Bring up large language models over several GPU machines, and keep them up.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SpecFile = Annotated[
+    Path | None, typer.Option("-f", "--file", help="The spec; ./fleet.yaml if it is there.")
+]
+FleetOption = Annotated[str | None, typer.Option("--fleet", help="The fleet's name.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Model = Annotated[str | None, typer.Option(help="A model folder or a Hugging Face id.")]
+Nodes = Annotated[int | None, typer.Option(help="Nodes per replica.")]
+Replicas = Annotated[int | None, typer.Option(help="How many replicas.")]
+Executor = Annotated[str | None, typer.Option(help="ray or mp (vLLM's own multi-node mode).")]
+Tensor = Annotated[int | None, typer.Option(help="Tensor-parallel size.")]
+Pipeline = Annotated[int | None, typer.Option(help="Pipeline-parallel size.")]
+Data = Annotated[int | None, typer.Option(help="Data-parallel size.")]
+GpusPerNode = Annotated[int | None, typer.Option(help="GPUs that a replica uses on each node.")]
+Port = Annotated[int | None, typer.Option(help="Port of the first replica's API server.")]
+
+
+def _flags(
+    fleet: str | None,
+    model: str | None,
+    nodes: int | None,
+    replicas: int | None,
+    executor: str | None,
+    tensor: int | None,
+    pipeline: int | None,
+    data: int | None,
+    gpus_per_node: int | None,
+    port: int | None,
+) -> dict[str, Any]:
+    """The flags that were given, nested like the spec."""
+    plain = {
+        "name": fleet,
+        "model": model,
+        "nodes": nodes,
+        "replicas": replicas,
+        "executor": executor,
+        "gpus_per_node": gpus_per_node,
+        "port": port,
+    }
+    flags: dict[str, Any] = {key: value for key, value in plain.items() if value is not None}
+    sizes = {"tensor": tensor, "pipeline": pipeline, "data": data}
+    if any(size is not None for size in sizes.values()):
+        # Sizes given together replace the file's: --tensor 2 means tensor 2 and nothing else.
+        flags["parallelism"] = {name: size or 1 for name, size in sizes.items()}
+    return flags
+
+
+@app.command()
+def up(
+    file: SpecFile = None,
+    fleet: FleetOption = None,
+    model: Model = None,
+    nodes: Nodes = None,
+    replicas: Replicas = None,
+    executor: Executor = None,
+    tensor: Tensor = None,
+    pipeline: Pipeline = None,
+    data: Data = None,
+    gpus_per_node: GpusPerNode = None,
+    port: Port = None,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Do not wait until it serves.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring a fleet up and print its endpoint. Run again, it joins what runs."""
+    from launcher.cli import up as command
+
+    flags = _flags(
+        fleet, model, nodes, replicas, executor, tensor, pipeline, data, gpus_per_node, port
+    )
+    raise typer.Exit(command.up(file, flags, wait=not no_wait, as_json=as_json))
+
+
+@app.command()
+def plan(
+    file: SpecFile = None,
+    fleet: FleetOption = None,
+    model: Model = None,
+    nodes: Nodes = None,
+    replicas: Replicas = None,
+    executor: Executor = None,
+    tensor: Tensor = None,
+    pipeline: Pipeline = None,
+    data: Data = None,
+    gpus_per_node: GpusPerNode = None,
+    port: Port = None,
+    as_json: Json = False,
+) -> None:
+    """Show the layout that up would use, and why. Changes nothing."""
+    from launcher.cli import show as command
+
+    flags = _flags(
+        fleet, model, nodes, replicas, executor, tensor, pipeline, data, gpus_per_node, port
+    )
+    raise typer.Exit(command.plan(file, flags, as_json=as_json))
+
+
+@app.command()
+def render(
+    file: SpecFile = None,
+    fleet: FleetOption = None,
+    model: Model = None,
+    nodes: Nodes = None,
+    replicas: Replicas = None,
+    executor: Executor = None,
+    tensor: Tensor = None,
+    pipeline: Pipeline = None,
+    data: Data = None,
+    gpus_per_node: GpusPerNode = None,
+    port: Port = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the files here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write, byte for byte, the scripts and commands that up would run."""
+    from launcher.cli import show as command
+
+    flags = _flags(
+        fleet, model, nodes, replicas, executor, tensor, pipeline, data, gpus_per_node, port
+    )
+    raise typer.Exit(command.render(file, flags, out=out, as_json=as_json))
+
+
+@app.command()
+def status(file: SpecFile = None, fleet: FleetOption = None, as_json: Json = False) -> None:
+    """Show a fleet: replicas, nodes, phases, and what is being waited for."""
+    from launcher.cli import show as command
+
+    raise typer.Exit(command.status(_find(file, fleet), as_json=as_json))
+
+
+@app.command()
+def ls(as_json: Json = False) -> None:
+    """List all fleets of this user."""
+    from launcher.cli import show as command
+
+    raise typer.Exit(command.ls(as_json=as_json))
+
+
+@app.command()
+def logs(
+    replica: Annotated[str | None, typer.Argument(help="A replica, such as r1.")] = None,
+    file: SpecFile = None,
+    fleet: FleetOption = None,
+    node: Annotated[str | None, typer.Option(help="Only this node.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on as the logs grow.")] = False,
+    lines: Annotated[int, typer.Option(help="Lines from the end of each log.")] = 40,
+    as_json: Json = False,
+) -> None:
+    """Show the engines' logs, the first failure first."""
+    from launcher.cli import logs as command
+
+    raise typer.Exit(
+        command.logs(
+            _find(file, fleet), replica, node=node, follow=follow, lines=lines, as_json=as_json
+        )
+    )
+
+
+@app.command()
+def nodes(
+    file: SpecFile = None,
+    fleet: FleetOption = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """List the nodes that the spec's backend has, and their state."""
+    from launcher.cli import show as command
+
+    flags = {key: value for key, value in {"name": fleet, "model": model}.items() if value}
+    raise typer.Exit(command.nodes(file, flags, as_json=as_json))
+
+
+@app.command()
+def down(file: SpecFile = None, fleet: FleetOption = None, as_json: Json = False) -> None:
+    """Stop everything of this fleet and nothing else."""
+    from launcher import fleets
+    from launcher.cli import up as command
+    from launcher.cli.output import say
+
+    if fleet is None and file is None and not fleets.all_fleets():
+        say("there is no fleet; nothing to do")
+        raise typer.Exit(0)
+    raise typer.Exit(command.down(_find(file, fleet), as_json=as_json))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the spec, for editors."""
+    from launcher.cli.output import document
+    from launcher.spec import FleetSpec
+
+    document(FleetSpec.model_json_schema())
+
+
+@app.command()
+def bootstrap(
+    file: SpecFile = None,
+    fleet: FleetOption = None,
+    wheels: Annotated[
+        Path | None,
+        typer.Option("--wheels", help="A folder of wheels, for hosts without a package index."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put the agent onto the nodes of the spec (SSH), or prove that it runs there (Slurm)."""
+    from launcher.cli import bootstrap as command
+
+    flags = {"name": fleet} if fleet else {}
+    raise typer.Exit(command.bootstrap(file, flags, wheels=wheels, as_json=as_json))
+
+
+def _find(file: Path | None, fleet: str | None) -> Any:
+    """The fleet that the user means: by name, by spec, or the only one there is."""
+    from launcher import fleets
+    from launcher.specfile import DEFAULT_FILE, load
+
+    name = None
+    if fleet is None and (file is not None or Path(DEFAULT_FILE).is_file()):
+        name = load(file, {}).spec.name
+    return fleets.find(fleet, name)
+
+
+def main() -> None:
+    """The entry point: expected errors become one paragraph and their exit code."""
+    try:
+        app()
+    except FleetError as error:
+        from launcher.cli import output
+
+        output.complain(error)
+        if "--json" in sys.argv:
+            output.document(
+                {
+                    "version": 1,
+                    "fleet": None,
+                    "endpoint": None,
+                    "api_key_file": None,
+                    "replicas": [],
+                    "spares": [],
+                    "waiting_for": [],
+                    "error": output.error_of(error),
+                }
+            )
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        from launcher.cli import output
+
+        output.say("stopped watching; the fleet goes on (`launcher status`, `launcher down`)")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

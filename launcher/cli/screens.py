@@ -1,0 +1,105 @@
+"""The screens: a fleet's status, the list of fleets, a plan. Pure: data in, text out."""
+
+from inventory import nodeset
+from launcher.cli.output import ago, span, table
+from launcher.context import Ground
+from launcher.status import ReplicaStatus, Status
+
+
+def fleet_screen(status: Status, now: float) -> str:
+    """The screen that people look at most."""
+    serving = sum(replica.phase == "serving" for replica in status.replicas)
+    head = f"{status.fleet}   {serving}/{len(status.replicas)} replicas serving"
+    if status.endpoint:
+        head += f"   {status.endpoint}"
+    ends = [r.allocation_ends_at for r in status.replicas if r.allocation_ends_at]
+    if ends and status.phase in ("serving", "degraded", "starting"):
+        head += f"   walltime {span(min(ends) - now)}"
+    lines = [head]
+    if status.replicas:
+        rows = [["REPLICA", "GEN", "PHASE", "NODES", "SINCE"]]
+        rows += [_replica_row(replica, now) for replica in status.replicas]
+        lines.append(table(rows))
+    for replica in status.replicas:
+        for node in replica.nodes:
+            if node.phase == "lost":
+                lines.append(f"lost {node.node} ({replica.name}) {ago(node.lost_since, now)} ago")
+    if status.error:
+        place = f"{status.error.where}: " if status.error.where else ""
+        lines.append(f"error: {place}{status.error.message}")
+        if status.error.hint:
+            lines.append(f"  {status.error.hint}")
+    if status.waiting_for:
+        lines += [f"waiting for {reason}" for reason in status.waiting_for]
+    elif status.phase == "serving":
+        lines.append("waiting for nothing")
+    elif status.phase in ("stopped", "failed") and status.finished:
+        lines.append(f"{status.phase}; `launcher up` starts it again")
+    return "\n".join(lines)
+
+
+def fleets_screen(statuses: list[Status], now: float) -> str:
+    if not statuses:
+        return "no fleets; `launcher up` makes one"
+    rows = [["FLEET", "PHASE", "BACKEND", "REPLICAS", "MODEL", "ENDPOINT", "SEEN"]]
+    for status in statuses:
+        serving = sum(replica.phase == "serving" for replica in status.replicas)
+        rows.append(
+            [
+                status.fleet,
+                status.phase,
+                status.backend,
+                f"{serving}/{len(status.replicas)}",
+                status.model,
+                (status.endpoint or "-") if status.phase in ("serving", "degraded") else "-",
+                f"{ago(status.updated_at, now)} ago",
+            ]
+        )
+    return table(rows)
+
+
+def plan_screen(ground: Ground) -> str:
+    """The layout that `up` would use, and where each value came from."""
+    spec, layout = ground.spec, ground.context.layout
+    nodes = nodeset.fold(ground.context.pool) if ground.context.pool else "chosen by Slurm"
+    size = f"{spec.nodes} node{'s' if spec.nodes > 1 else ''}"
+    rows = [
+        ["fleet", spec.name],
+        ["model", spec.model],
+        ["backend", f"{ground.backend.kind} ({nodes})"],
+        ["replicas", f"{spec.replicas} of {size}, {ground.context.gpus_per_node} GPU(s) per node"],
+        [
+            "layout",
+            f"tensor {layout.tensor} × pipeline {layout.pipeline} × data {layout.data}, "
+            f"{layout.ranks_per_node} rank(s) on each node, executor {layout.executor}",
+        ],
+    ]
+    rows += [["", f"because: {reason}"] for reason in layout.reasons]
+    return table(rows)
+
+
+def progress_line(status: Status) -> str:
+    """One line that changes when something happens, for logs and pipes."""
+    parts = []
+    for replica in status.replicas:
+        by_phase: dict[str, list[str]] = {}
+        for node in replica.nodes:
+            by_phase.setdefault(node.phase, []).append(node.node)
+        nodes = ", ".join(f"{nodeset.fold(names)} {phase}" for phase, names in by_phase.items())
+        parts.append(f"{replica.name} {replica.phase}" + (f" ({nodes})" if nodes else ""))
+    waits = f"; waiting for {'; '.join(status.waiting_for)}" if status.waiting_for else ""
+    return " · ".join(parts or [status.phase]) + waits
+
+
+def _replica_row(replica: ReplicaStatus, now: float) -> list[str]:
+    names = [node.node for node in replica.nodes]
+    phase = replica.phase
+    if replica.expected_start and phase == "pending":
+        phase += f" (starts in {span(replica.expected_start - now)}?)"
+    return [
+        replica.name,
+        str(replica.generation or "-"),
+        phase,
+        nodeset.fold(names) if names else "-",
+        ago(replica.since, now),
+    ]

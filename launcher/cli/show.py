@@ -1,0 +1,149 @@
+"""Commands that change nothing: plan, render, status, ls, nodes."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from inventory import nodeset
+from launcher import fleets
+from launcher.cli import output, screens
+from launcher.context import Ground, make_ground
+from launcher.errors import UsageError
+from launcher.files import make_private, write_text
+from launcher.paths import FleetPaths
+from launcher.plan import Allocate, make_plan, new_replicas
+from launcher.record import ReplicaRecord, RunRecord
+from launcher.snapshot import AllocationView, ReplicaView, Snapshot
+from launcher.specfile import check_model_folder, load
+from launcher.wish import next_run, read_wish
+
+
+def plan(file: Path | None, flags: dict[str, Any], *, as_json: bool) -> int:
+    ground = _ground(file, flags)
+    layout = ground.context.layout
+    if as_json:
+        output.document(
+            {
+                "version": 1,
+                "fleet": ground.spec.name,
+                "backend": ground.backend.kind,
+                "pool": list(ground.context.pool),
+                "nodes": ground.spec.nodes,
+                "replicas": ground.spec.replicas,
+                "gpus_per_node": ground.context.gpus_per_node,
+                "layout": {
+                    "tensor": layout.tensor,
+                    "pipeline": layout.pipeline,
+                    "data": layout.data,
+                    "ranks_per_node": layout.ranks_per_node,
+                    "executor": layout.executor,
+                    "reasons": list(layout.reasons),
+                },
+                "spec": ground.spec.model_dump(mode="json"),
+            }
+        )
+    else:
+        output.show(screens.plan_screen(ground))
+    return 0
+
+
+def render(file: Path | None, flags: dict[str, Any], *, out: Path | None, as_json: bool) -> int:
+    """The scripts of every replica's allocation: the running one's, or those that come next."""
+    ground = _ground(file, flags)
+    scripts = {
+        f"{replica.name}.a{number}/{name}": text
+        for replica, number, nodes, run in _allocations(ground)
+        for name, text in ground.rendered(run, replica, number, nodes).items()
+    }
+    if out is not None:
+        for name, text in scripts.items():
+            make_private((out / name).parent)
+            write_text(out / name, text, mode=0o700)
+        output.say(f"wrote {len(scripts)} files below {out}")
+    if as_json:
+        output.document({"version": 1, "fleet": ground.spec.name, "files": scripts})
+    elif out is None:
+        for name, text in scripts.items():
+            output.show(f"==> {name} <==\n{text}")
+    return 0
+
+
+def status(paths: FleetPaths, *, as_json: bool) -> int:
+    current = fleets.current_status(paths)
+    if current is None:
+        raise UsageError(
+            f"{paths.root.name} has no status yet",
+            where=str(paths.status),
+            hint="Its controller is starting; try again in a moment.",
+        )
+    if as_json:
+        output.document(current.model_dump(mode="json"))
+    else:
+        output.show(screens.fleet_screen(current, time.time()))
+    return current.exit_code
+
+
+def ls(*, as_json: bool) -> int:
+    found = [status for paths in fleets.all_fleets() if (status := fleets.current_status(paths))]
+    if as_json:
+        output.document({"version": 1, "fleets": [one.model_dump(mode="json") for one in found]})
+    else:
+        output.show(screens.fleets_screen(found, time.time()))
+    return 0
+
+
+def nodes(file: Path | None, flags: dict[str, Any], *, as_json: bool) -> int:
+    from launcher.backends import make_backend
+
+    spec = load(file, {"model": "unknown/unknown", **flags} if file is None else flags).spec
+    backend = make_backend(spec, FleetPaths.of(spec.name))
+    try:
+        pool = backend.pool()
+    finally:
+        backend.close()
+    if as_json:
+        output.document({"version": 1, "pool": pool.model_dump(mode="json")})
+        return 0
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for node in pool.nodes:
+        gpus = f"{node.gpus} × {node.gpu_type}" if node.gpu_type else str(node.gpus)
+        key = (node.state, gpus, node.switch or node.rack or "-", node.state_reason or "-")
+        groups.setdefault(key, []).append(node.name)
+    rows = [["NODES", "STATE", "GPUS", "SWITCH", "REASON"]]
+    rows += [[nodeset.fold(names), *key] for key, names in groups.items()]
+    output.show(f"{pool.name}: {len(pool.nodes)} nodes")
+    output.show(output.table(rows))
+    return 0
+
+
+def _ground(file: Path | None, flags: dict[str, Any]) -> Ground:
+    spec = load(file, flags).spec
+    check_model_folder(spec)
+    ground = make_ground(spec, FleetPaths.of(spec.name))
+    ground.backend.close()
+    return ground
+
+
+def _allocations(ground: Ground) -> list[tuple[ReplicaRecord, int, tuple[str, ...], int]]:
+    """The allocations of the running run, else those that the planner would ask for first."""
+    paths = ground.paths
+    wish = read_wish(paths)
+    from launcher.wish import is_driven, read_record
+
+    if wish and wish.desired == "up" and is_driven(paths):
+        record = read_record(paths, wish.run)
+        if record is not None:
+            return [
+                (replica, replica.allocation, replica.nodes, wish.run)
+                for replica in record.replicas.values()
+                if replica.allocation
+            ]
+    run = next_run(paths)
+    record = RunRecord(run=run, mark="", started_at=0.0, replicas=new_replicas(ground.context))
+    empty = {name: ReplicaView(AllocationView("none")) for name in record.replicas}
+    first = make_plan(ground.context, record, Snapshot(now=0.0, desired="up", replicas=empty))
+    return [
+        (record.replicas[step.replica], step.allocation, step.nodes, run)
+        for step in first.steps
+        if isinstance(step, Allocate)
+    ]

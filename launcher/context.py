@@ -1,0 +1,104 @@
+"""Everything that stays the same during a run, gathered once from spec and backend. I/O."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import __version__, render
+from launcher.backends import make_backend
+from launcher.backends.base import Allocation, Backend
+from launcher.documents import AgentConfig
+from launcher.errors import CapacityError, StateError
+from launcher.layout import choose_layout
+from launcher.model_folder import read_model_facts
+from launcher.paths import FleetPaths, state_root
+from launcher.plan import Context
+from launcher.record import ReplicaRecord
+from launcher.spec import FleetSpec
+
+OUR_SECRETS = ("api_key", "agent_token", "ray_token")
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A fleet's spec with the backend that it runs on and the context for the planner."""
+
+    spec: FleetSpec
+    backend: Backend
+    context: Context
+    paths: FleetPaths
+
+    def allocation(
+        self, run: int, replica: ReplicaRecord, number: int, nodes: tuple[str, ...]
+    ) -> Allocation:
+        """The one description of an allocation that every part agrees on."""
+        base = self.paths.run(run).base(replica.name, number)
+        seed = f"{os.getuid()}/{self.paths.root}/{run}/{replica.name}.a{number}"
+        mark = hashlib.sha256(seed.encode()).hexdigest()[:16]
+        config = AgentConfig(
+            fleet=self.spec.name,
+            mark=mark,
+            package_version=__version__,
+            orphan_timeout_s=self.spec.limits.orphan,
+            cache_folder=str(state_root() / "cache") if self.backend.kind != "ssh" else "",
+        )
+        return Allocation(
+            fleet=self.spec.name,
+            run=run,
+            replica=replica.name,
+            number=number,
+            nodes=nodes,
+            base=base,
+            config=config,
+            secrets=read_secrets(self.paths.secrets),
+        )
+
+    def rendered(
+        self, run: int, replica: ReplicaRecord, number: int, nodes: tuple[str, ...]
+    ) -> dict[str, str]:
+        """Every script of one allocation, by file name: what `render` writes and what runs."""
+        allocation = self.allocation(run, replica, number, nodes)
+        return {**self.context.scripts, **self.backend.commands(allocation)}
+
+
+def make_ground(spec: FleetSpec, paths: FleetPaths) -> Ground:
+    """Gather backend, pool and layout. Raises the FleetError that says why it cannot work."""
+    backend = make_backend(spec, paths)
+    backend.check()
+    pool = backend.pool()
+    gpus = spec.gpus_per_node or min((node.gpus for node in pool.nodes if node.gpus), default=1)
+    layout = choose_layout(spec, gpus, read_model_facts(spec.model))
+    wanted = spec.nodes * spec.replicas
+    if len(pool.nodes) < wanted:
+        raise CapacityError(
+            f"{spec.replicas} × {spec.nodes} nodes asked for, {pool.name} has {len(pool.nodes)}",
+            where=f"backend.{backend.kind}",
+            hint="Ask for fewer nodes or replicas, or name another pool.",
+        )
+    secret_names = {"VLLM_API_KEY": "api_key", **{name: name for name in spec.secrets}}
+    context = Context(
+        spec=spec,
+        layout=layout,
+        scripts=render.engine_scripts(spec, layout),
+        user_id=os.getuid(),
+        pool=() if backend.chooses_nodes else tuple(node.name for node in pool.nodes),
+        shares_machine=backend.shares_machine,
+        gpus_per_node=gpus,
+        secret_names=secret_names,
+    )
+    return Ground(spec, backend, context, paths)
+
+
+def read_secrets(folder: Path) -> dict[str, str]:
+    """All secrets of a fleet by name. Raises StateError where a file cannot be read."""
+    try:
+        return {
+            file.name: file.read_text(encoding="utf-8").strip()
+            for file in sorted(folder.iterdir())
+            if file.is_file() and not file.name.startswith(".")
+        }
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise StateError(f"cannot be read: {error.strerror}", where=str(folder)) from error

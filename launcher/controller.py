@@ -1,0 +1,219 @@
+"""The controller: `python -m launcher.controller FLEET_FOLDER`, started in the background by `up`.
+
+    observe (I/O) → Snapshot → plan (pure) → check (pure) → journal (I/O) → apply (I/O) → again
+
+It may be killed at any instant: the next one reads the record, looks at the world, and goes on.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from launcher.apply import Executor
+from launcher.backends.base import Allocation
+from launcher.check import lint
+from launcher.context import Ground, make_ground, read_secrets
+from launcher.errors import FleetError, StateError
+from launcher.files import make_private, read_document, write_document
+from launcher.journal import Journal
+from launcher.observe import Observer
+from launcher.paths import FleetPaths
+from launcher.plan import Plan, make_plan, new_replicas
+from launcher.pulse import Pulse
+from launcher.record import RunRecord
+from launcher.snapshot import Snapshot
+from launcher.spec import FleetSpec
+from launcher.status import Status, StatusError, make_status
+from launcher.verdicts import endpoint_of, replica_phase
+from launcher.wish import Driver, Wish, read_wish, take_the_wheel
+
+BUSY_TURN_S = 0.5
+CALM_TURN_S = 1.0
+STATUS_EVERY_S = 5.0
+
+log = logging.getLogger("launcher.controller")
+
+
+class Controller:
+    """One run of one fleet, from the first round to the last."""
+
+    def __init__(self, paths: FleetPaths, wish: Wish) -> None:
+        self.paths = paths
+        self.wish = wish
+        self.run_paths = paths.run(wish.run)
+        spec = read_document(self.run_paths.spec, FleetSpec)
+        if spec is None:
+            raise StateError("is not there", where=str(self.run_paths.spec))
+        self.spec = spec
+        self.journal = Journal(self.run_paths.journal)
+        self._woken = threading.Event()
+        self._beat = 0
+        self._started_at = time.time()
+        self._last_status: Status | None = None
+        self._ordered_to_end = False
+
+    def run(self) -> None:
+        """Rounds until the run is over, or until we are told to end (the fleet goes on)."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        self._drive()
+        self.journal.write("controller", pid=os.getpid(), host=socket.gethostname())
+        ground = make_ground(self.spec, self.paths)
+        record = read_document(self.run_paths.record, RunRecord) or RunRecord(
+            run=self.wish.run,
+            mark=f"{self.spec.name}.{self.wish.run}",
+            started_at=time.time(),
+            replicas=new_replicas(ground.context),
+        )
+        executor = Executor(ground, record, self.run_paths)
+        pulse = Pulse(read_secrets(self.paths.secrets)["agent_token"].encode())
+        pulse.woken = self._woken
+        pulse.start()
+        observer = Observer(ground.backend, pulse)
+        try:
+            while not self._ordered_to_end and not self._round(ground, executor, observer):
+                calm = self._last_status is not None and self._last_status.phase == "serving"
+                self._woken.wait(CALM_TURN_S if calm else BUSY_TURN_S)
+                self._woken.clear()
+        finally:
+            pulse.stop()
+            ground.backend.close()
+
+    def _round(self, ground: Ground, executor: Executor, observer: Observer) -> bool:
+        """One turn of the loop; True when nothing is left to do, ever."""
+        self._drive()
+        wish = read_wish(self.paths)
+        if wish is not None and wish.run == self.wish.run:
+            self.wish = wish
+        snapshot = observer.observe(
+            executor.record, self._allocations(ground, executor.record), self.wish.desired
+        )
+        plan = make_plan(ground.context, executor.record, snapshot)
+        problems = lint(ground.context, executor.record, plan)
+        if problems:
+            self.journal.write("refused", problems=problems)
+            log.error("plan refused: %s", "; ".join(problems))
+            plan = Plan(waiting_for=tuple(problems))
+        self._remember_endpoint(executor, snapshot)
+        executor.apply(plan, snapshot.now)
+        self._write_status(executor.record, snapshot, plan)
+        return plan.finished
+
+    def _allocations(self, ground: Ground, record: RunRecord) -> dict[str, Allocation]:
+        return {
+            name: ground.allocation(record.run, replica, replica.allocation, replica.nodes)
+            for name, replica in record.replicas.items()
+            if replica.allocation
+        }
+
+    def _remember_endpoint(self, executor: Executor, snapshot: Snapshot) -> None:
+        """The fleet's address is the first replica's, once it serves, and stays so."""
+        if executor.record.first_endpoint:
+            return
+        for name, replica in executor.record.replicas.items():
+            view = snapshot.replicas[name]
+            if replica_phase(replica, view) == "serving":
+                executor.set_endpoint(endpoint_of(replica, view))
+                return
+
+    def _write_status(self, record: RunRecord, snapshot: Snapshot, plan: Plan) -> None:
+        status = make_status(
+            fleet=self.spec.name,
+            model=self.spec.model,
+            backend=self.spec.backend.kind,
+            api_key_file=str(self.paths.api_key),
+            record=record,
+            snapshot=snapshot,
+            waiting_for=plan.waiting_for,
+            finished=plan.finished,
+        )
+        last = self._last_status
+        fresh = last is not None and status.updated_at - last.updated_at < STATUS_EVERY_S
+        if fresh and last is not None:
+            if status.model_copy(update={"updated_at": last.updated_at}) == last:
+                return
+        write_document(self.paths.status, status)
+        self._last_status = status
+
+    def _drive(self) -> None:
+        self._beat += 1
+        write_document(
+            self.paths.controller,
+            Driver(
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                run=self.wish.run,
+                beat=self._beat,
+                started_at=self._started_at,
+            ),
+        )
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._ordered_to_end = True
+        self._woken.set()
+
+
+def write_failed_status(paths: FleetPaths, wish: Wish, error: FleetError) -> None:
+    """The run cannot even begin: say so where `up` and `status` look."""
+    spec = read_document(paths.run(wish.run).spec, FleetSpec)
+    status = Status(
+        fleet=paths.root.name,
+        run=wish.run,
+        desired=wish.desired,
+        phase="stopped" if wish.desired == "down" else "failed",
+        endpoint=None,
+        api_key_file=str(paths.api_key),
+        model=spec.model if spec else "",
+        backend=spec.backend.kind if spec else "",
+        replicas=[],
+        waiting_for=[],
+        error=StatusError(
+            code=error.code,
+            message=error.message,
+            where=error.where,
+            hint=error.hint,
+            exit_code=error.exit_code,
+        ),
+        updated_at=time.time(),
+        finished=True,
+    )
+    write_document(paths.status, status)
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("paramiko").setLevel(logging.WARNING)
+    paths = FleetPaths(Path(sys.argv[1]))
+    make_private(paths.root)
+    handle = take_the_wheel(paths)
+    if handle is None:
+        print("another controller drives this fleet", file=sys.stderr)
+        return 0
+    wish = read_wish(paths)
+    if wish is None:
+        print("nothing is wished for", file=sys.stderr)
+        return 1
+    make_private(paths.run(wish.run).root)
+    while True:
+        try:
+            Controller(paths, wish).run()
+            return 0
+        except StateError as error:
+            # A full or hanging state folder: serving goes on without us; try again.
+            log.error("%s", error)
+            if not paths.root.is_dir():
+                return 1
+            time.sleep(2.0)
+        except FleetError as error:
+            log.error("%s", error)
+            write_failed_status(paths, wish, error)
+            return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The documents on disk between controller and agents, each a model with a version. Pure.
+
+assignment.json says what a node shall be, report.json what it is. Both are replaced whole.
+Readers ignore keys that they do not know, so that an older agent can read a newer controller.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from health.report import NodeFacts
+
+NodePhase = Literal[
+    "starting",
+    "preflight",
+    "idle",
+    "staging",
+    "warm",
+    "joining",
+    "serving",
+    "draining",
+    "stopped",
+    "failed",
+    "lost",
+]
+Goal = Literal["idle", "rank", "stopped"]
+
+
+class Document(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    version: Annotated[int, Field(ge=1)] = 1
+
+
+class AgentConfig(Document):
+    """agent.json: what every agent of one allocation needs before its first assignment."""
+
+    fleet: str
+    mark: str
+    package_version: str
+    orphan_timeout_s: int
+    addresses: dict[str, str] = Field(default_factory=dict)
+    cache_folder: str = ""
+
+
+class NetAddress(BaseModel):
+    """One IPv4 address of a node, with the interface that holds it."""
+
+    model_config = ConfigDict(frozen=True)
+    interface: str
+    ip: str
+    prefix: int
+
+
+class Peer(BaseModel):
+    """Another agent of the same replica, and where it might be asked for its heartbeat."""
+
+    model_config = ConfigDict(frozen=True)
+    node: str
+    port: int
+    addresses: tuple[str, ...]
+
+
+class Checks(BaseModel):
+    """What the node shall find out about itself before it takes work."""
+
+    model_config = ConfigDict(frozen=True)
+    probe_script: str
+    executor: str
+    model_folder: str | None
+    ports: tuple[int, ...]
+    gpus: int
+    only_warn: bool
+
+
+class Command(BaseModel):
+    """One process of the engine. `after_port`: wait until the leader listens there."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    script: str
+    after_port: int | None = None
+
+
+class Member(BaseModel):
+    """What this node is in one generation of a replica, exact enough to need no decision."""
+
+    model_config = ConfigDict(frozen=True)
+    replica: str
+    generation: int
+    rank: int
+    size: int
+    address: str
+    interface: str
+    leader_address: str
+    ports: dict[str, int]
+    commands: tuple[Command, ...]
+    ranks_per_node: int
+    secret_environment: dict[str, str] = Field(default_factory=dict)
+    served_model: str
+    start_timeout_s: int
+    peers: tuple[Peer, ...]
+    guard_port: int
+
+    @property
+    def scope(self) -> str:
+        """What leases of this member are about; another generation is another scope."""
+        return f"{self.replica}/g{self.generation}"
+
+
+class Assignment(Document):
+    """assignment.json: what this node shall be. A higher revision replaces a lower one."""
+
+    revision: int
+    goal: Goal
+    reason: str = ""
+    checks: Checks | None = None
+    peers: tuple[Peer, ...] = ()
+    member: Member | None = None
+    stop_grace_s: int = 10
+
+
+class Evidence(BaseModel):
+    """Why something failed or was lost: who, when, how it ended, and its last words."""
+
+    model_config = ConfigDict(frozen=True)
+    kind: Literal["exit", "lost_peer", "deadline", "preflight", "stopped", "error"]
+    message: str
+    node: str
+    at: float
+    process: str = ""
+    exit_code: int | None = None
+    log_tail: str = ""
+    hint: str = ""
+
+
+class MemberReport(BaseModel):
+    """What became of the member that was assigned."""
+
+    model_config = ConfigDict(frozen=True)
+    replica: str
+    generation: int
+    rank: int
+    endpoint: str | None = None
+    processes: dict[str, int] = Field(default_factory=dict)
+    first_token_at: float | None = None
+    waiting_for: str = ""
+
+
+class Report(Document):
+    """report.json: what this node is. `revision` grows with content, `beat` with time."""
+
+    revision: int
+    beat: int
+    node: str
+    host: str
+    pid: int
+    package_version: str
+    boot_id: str
+    phase: NodePhase
+    since: float
+    assignment_revision: int
+    addresses: tuple[NetAddress, ...] = ()
+    heartbeat_port: int = 0
+    facts: NodeFacts | None = None
+    checks_for: int | None = None
+    reach: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    member: MemberReport | None = None
+    evidence: Evidence | None = None

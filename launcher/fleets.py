@@ -1,0 +1,192 @@
+"""What the CLI does to a fleet: begin a run, wish it up or down, watch its status. I/O."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import secretstore
+from launcher.context import Ground, make_ground
+from launcher.errors import StateError, UsageError
+from launcher.files import make_private, read_document, read_tail, write_document
+from launcher.paths import RUNS_KEPT, FleetPaths, state_root
+from launcher.spec import FleetSpec, differences
+from launcher.status import Status
+from launcher.wish import (
+    Wish,
+    is_driven,
+    next_run,
+    read_wish,
+    start_controller,
+    write_wish,
+)
+
+CONTROLLER_STARTS_MAX = 3
+CONTROLLER_APPEARS_S = 8.0
+WATCH_S = 0.2
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that is being brought up: ours, or one that was already there."""
+
+    paths: FleetPaths
+    wish: Wish
+    adopted: bool
+
+
+def begin(spec: FleetSpec, ground: Ground | None = None) -> Begun:
+    """Bring a fleet up, or join the run that already does. Raises before anything is started."""
+    paths = FleetPaths.of(spec.name)
+    make_private(paths.root)
+    current = read_wish(paths)
+    if current and current.desired == "down" and is_driven(paths):
+        wait_until_over(paths, current, spec.limits.drain + 60)
+    if current and current.desired == "up" and not _is_over(paths, current):
+        running = read_document(paths.run(current.run).spec, FleetSpec)
+        changed = differences(running, spec) if running else []
+        if changed:
+            raise UsageError(
+                f"fleet {spec.name} runs with another spec ({'; '.join(changed)})",
+                where="up",
+                hint=f"`launcher down --fleet {spec.name}` first, then up again.",
+            )
+        ensure_driven(paths, current)
+        return Begun(paths, current, adopted=True)
+    ground = ground or make_ground(spec, paths)
+    ground.backend.close()
+    run = next_run(paths)
+    secretstore.provide(spec, paths.secrets)
+    make_private(paths.run(run).root)
+    write_document(paths.run(run).spec, spec)
+    wish = write_wish(paths, run, "up")
+    ensure_driven(paths, wish)
+    _rotate(paths, run)
+    return Begun(paths, wish, adopted=False)
+
+
+def end(paths: FleetPaths) -> Wish | None:
+    """Wish the fleet down; None where nothing is left to end."""
+    current = read_wish(paths)
+    if current is None or (_is_over(paths, current) and not is_driven(paths)):
+        return None
+    wish = write_wish(paths, current.run, "down")
+    ensure_driven(paths, wish)
+    return wish
+
+
+def ensure_driven(paths: FleetPaths, wish: Wish) -> None:
+    """Start a controller unless one lives."""
+    if not is_driven(paths):
+        start_controller(paths, wish.run)
+
+
+def watch(paths: FleetPaths, wish: Wish) -> Iterator[Status | None]:
+    """The run's status again and again; a controller that died is started anew, some times.
+
+    Ends when the run is over. Raises StateError when no controller stays alive.
+    """
+    starts, quiet_since = 0, time.monotonic()
+    while True:
+        status = read_status(paths, wish.run)
+        yield status
+        if status is not None and status.finished:
+            return
+        if is_driven(paths):
+            quiet_since = time.monotonic()
+        elif time.monotonic() - quiet_since > (2.0 if status else CONTROLLER_APPEARS_S):
+            starts += 1
+            if starts > CONTROLLER_STARTS_MAX:
+                raise StateError(
+                    "the controller does not stay alive: "
+                    + (
+                        read_tail(paths.run(wish.run).controller_log)[-600:].strip() or "no output"
+                    ),
+                    where=str(paths.run(wish.run).controller_log),
+                )
+            start_controller(paths, wish.run)
+            quiet_since = time.monotonic()
+        time.sleep(WATCH_S)
+
+
+def wait_until_over(paths: FleetPaths, wish: Wish, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    for status in watch(paths, wish):
+        if status is not None and status.finished:
+            return
+        if time.monotonic() > deadline:
+            raise UsageError(
+                f"run {wish.run} is still going down",
+                where=str(paths.root),
+                hint="`launcher status` says what it waits for.",
+            )
+
+
+def read_status(paths: FleetPaths, run: int | None = None) -> Status | None:
+    """The newest status; None where there is none (of this run)."""
+    status = read_document(paths.status, Status)
+    return status if status and (run is None or status.run == run) else None
+
+
+def current_status(paths: FleetPaths) -> Status | None:
+    """The newest status, told apart by whether somebody still drives the fleet."""
+    status = read_status(paths)
+    if status is None or status.finished or is_driven(paths):
+        return status
+    seen = time.strftime("%H:%M:%S", time.localtime(status.updated_at))
+    return status.model_copy(
+        update={
+            "controller": f"not running since {seen}",
+            "waiting_for": [
+                *status.waiting_for,
+                f"a controller (last seen {seen}); `launcher up` starts one and adopts the fleet",
+            ],
+        }
+    )
+
+
+def all_fleets() -> list[FleetPaths]:
+    try:
+        folders = sorted(state_root().iterdir())
+    except OSError:
+        return []
+    return [FleetPaths(folder) for folder in folders if (folder / "wish.json").is_file()]
+
+
+def find(name: str | None, spec_name: str | None) -> FleetPaths:
+    """The fleet that a command is about. Raises UsageError with the choice there is."""
+    chosen = name or spec_name
+    fleets = {paths.root.name: paths for paths in all_fleets()}
+    if chosen:
+        if chosen not in fleets:
+            known = ", ".join(fleets) or "none"
+            raise UsageError(
+                f"there is no fleet {chosen}", where="--fleet", hint=f"Known fleets: {known}."
+            )
+        return fleets[chosen]
+    if len(fleets) == 1:
+        return next(iter(fleets.values()))
+    if not fleets:
+        raise UsageError("there is no fleet yet", hint="`launcher up` makes one.")
+    raise UsageError("which fleet?", where="--fleet", hint=f"One of {', '.join(fleets)}.")
+
+
+def spec_of(paths: FleetPaths, run: int) -> FleetSpec:
+    spec = read_document(paths.run(run).spec, FleetSpec)
+    if spec is None:
+        raise StateError("is not there", where=str(paths.run(run).spec))
+    return spec
+
+
+def _is_over(paths: FleetPaths, wish: Wish) -> bool:
+    status = read_status(paths, wish.run)
+    return status is not None and status.finished
+
+
+def _rotate(paths: FleetPaths, newest: int) -> None:
+    """Keep the last few runs; older ones are over and only hold logs."""
+    runs: Path = paths.root / "runs"
+    for folder in runs.iterdir():
+        if folder.name.isdecimal() and int(folder.name) <= newest - RUNS_KEPT:
+            shutil.rmtree(folder, ignore_errors=True)

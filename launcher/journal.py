@@ -1,0 +1,35 @@
+"""The journal: one line before each act and one after. I/O, append only."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher.files import append_line
+
+
+class Journal:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, event: str, **details: Any) -> None:
+        """Add an event. Secrets never belong into details."""
+        row = {"at": round(time.time(), 3), "event": event, **details}
+        append_line(self._path, json.dumps(row, default=str, ensure_ascii=False))
+
+
+def read(path: Path, limit: int = 100) -> list[dict[str, Any]]:
+    """The last events of a journal; lines that were cut off are left out."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    events = []
+    for line in lines[-limit:]:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    return events

@@ -1,0 +1,130 @@
+"""Where everything of a fleet lies. Pure but for the environment of the caller's home.
+
+$LAUNCHER_STATE_DIR (~/.local/state/launcher)
+├── cache/                     the engine's compile caches, kept between runs
+└── FLEET/
+    ├── wish.json              what the user wants (the CLI writes, the controller reads)
+    ├── status.json            what is (the controller writes, the CLI reads)
+    ├── controller.json        who drives: host, pid, beat
+    ├── secrets/               mode 0700: api_key, agent_token, ray_token, HF_TOKEN …
+    └── runs/RUN/              one life of the fleet, from `up` to `down`
+        ├── spec.json  record.json  journal.ndjson  controller.log
+        ├── rendered/          byte for byte what `launcher render` writes
+        └── r1.a1/             one allocation: what its agents see (their base folder)
+            ├── agent.json     for every agent
+            ├── secrets/       what agents and engine need
+            └── nodes/NODE/    assignment.json  report.json  logs/
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+RUNS_KEPT = 5
+
+
+def state_root() -> Path:
+    """The folder of all fleets of this user."""
+    named = os.environ.get("LAUNCHER_STATE_DIR")
+    return Path(named).expanduser().absolute() if named else Path.home() / ".local/state/launcher"
+
+
+@dataclass(frozen=True)
+class NodePaths:
+    """What lies in the folder of one node; the same on every backend."""
+
+    root: Path
+
+    @property
+    def assignment(self) -> Path:
+        return self.root / "assignment.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+
+@dataclass(frozen=True)
+class BasePaths:
+    """What the agents of one allocation see: on a shared file system or on the node's own disk."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "agent.json"
+
+    @property
+    def secrets(self) -> Path:
+        return self.root / "secrets"
+
+    def node(self, name: str) -> NodePaths:
+        return NodePaths(self.root / "nodes" / name)
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    root: Path
+
+    @property
+    def spec(self) -> Path:
+        return self.root / "spec.json"
+
+    @property
+    def record(self) -> Path:
+        return self.root / "record.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.root / "journal.ndjson"
+
+    @property
+    def controller_log(self) -> Path:
+        return self.root / "controller.log"
+
+    @property
+    def rendered(self) -> Path:
+        return self.root / "rendered"
+
+    def base(self, replica: str, allocation: int) -> BasePaths:
+        return BasePaths(self.root / f"{replica}.a{allocation}")
+
+
+@dataclass(frozen=True)
+class FleetPaths:
+    root: Path
+
+    @classmethod
+    def of(cls, fleet: str) -> "FleetPaths":
+        return cls(state_root() / fleet)
+
+    @property
+    def wish(self) -> Path:
+        return self.root / "wish.json"
+
+    @property
+    def status(self) -> Path:
+        return self.root / "status.json"
+
+    @property
+    def controller(self) -> Path:
+        return self.root / "controller.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "controller.lock"
+
+    @property
+    def secrets(self) -> Path:
+        return self.root / "secrets"
+
+    @property
+    def api_key(self) -> Path:
+        return self.secrets / "api_key"
+
+    def run(self, number: int) -> RunPaths:
+        return RunPaths(self.root / "runs" / str(number))

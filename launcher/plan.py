@@ -1,0 +1,472 @@
+"""The planner: from record and snapshot to the next steps, and what they wait for. Pure.
+
+It is level-triggered: called each round with what is, it returns what is missing. Steps are so
+exact that the executor has no choices. The plan of a fleet that is as it should be is empty.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from health.engine import judge_parity
+from launcher import addresses, ports, render
+from launcher.documents import Assignment, Checks, Member, Peer, Report
+from launcher.layout import Layout
+from launcher.record import Failure, ReplicaRecord, RunRecord
+from launcher.snapshot import ReplicaView, Snapshot
+from launcher.spec import FleetSpec, is_folder
+from launcher.verdicts import first_failure, is_lost, replica_phase
+
+# A node that does not confirm its end is fenced by its peers' leases within 15 s; what it runs
+# after that nobody can say, so the allocation is given back and the doubt is reported.
+STOP_CONFIRM_S = 20.0
+ATTRIBUTION_S = 6.0
+LEADER_FIRST_S = 10.0
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """Get agents onto nodes. `nodes` is empty where the backend chooses (Slurm)."""
+
+    replica: str
+    allocation: int
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Assign:
+    """Write one node's assignment.json."""
+
+    replica: str
+    node: str
+    assignment: Assignment
+
+
+@dataclass(frozen=True)
+class Fail:
+    """Give the replica up: from here on it is only taken down."""
+
+    replica: str
+    failure: Failure
+
+
+@dataclass(frozen=True)
+class Down:
+    """Begin to end the replica as the user wished."""
+
+    replica: str
+
+
+@dataclass(frozen=True)
+class Release:
+    """Give the allocation back and sweep what it left."""
+
+    replica: str
+    allocation: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """Remember an observed fact about the replica (when it started, that it serves)."""
+
+    replica: str
+    changes: dict[str, Any]
+
+
+Step = Allocate | Assign | Fail | Down | Release | Note
+
+
+@dataclass(frozen=True)
+class Plan:
+    steps: tuple[Step, ...] = ()
+    waiting_for: tuple[str, ...] = ()
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """What does not change during a run: the spec, its layout, and how nodes are to be used."""
+
+    spec: FleetSpec
+    layout: Layout
+    scripts: dict[str, str]
+    user_id: int
+    pool: tuple[str, ...] = ()  # empty: the backend chooses nodes
+    shares_machine: bool = False
+    gpus_per_node: int = 1
+    secret_names: dict[str, str] = field(default_factory=dict)
+
+
+def make_plan(context: Context, record: RunRecord, snapshot: Snapshot) -> Plan:
+    """All steps that can be taken now, over all replicas."""
+    steps: list[Step] = []
+    waiting: list[str] = []
+    for replica in record.replicas.values():
+        view = snapshot.replicas[replica.name]
+        new_steps, why = _plan_replica(context, record, replica, view, snapshot)
+        steps += new_steps
+        waiting += [f"{replica.name}: {reason}" for reason in why]
+    finished = all(
+        replica.released or (replica.intent == "none" and snapshot.desired == "down")
+        for replica in record.replicas.values()
+    )
+    return Plan(tuple(steps), tuple(waiting), finished and not steps)
+
+
+def new_replicas(context: Context) -> dict[str, ReplicaRecord]:
+    """The records with which a run begins."""
+    names = [f"r{number}" for number in range(1, context.spec.replicas + 1)]
+    return {
+        name: ReplicaRecord(
+            name=name, slot=ports.preferred_slot(context.user_id, context.spec.name, name)
+        )
+        for name in names
+    }
+
+
+_Result = tuple[list[Step], list[str]]
+
+
+def _plan_replica(
+    context: Context, run: RunRecord, replica: ReplicaRecord, view: ReplicaView, snapshot: Snapshot
+) -> _Result:
+    if replica.released:
+        return [], []
+    if replica.intent == "down":
+        return _plan_down(replica, view, snapshot.now, context.spec.limits.drain)
+    if snapshot.desired == "down":
+        return ([] if replica.intent == "none" else [Down(replica.name)]), []
+    if replica.intent == "none":
+        nodes = _choose_nodes(context, run, replica)
+        return [Allocate(replica.name, replica.allocation + 1, nodes)], ["nodes"]
+    if failure := first_failure(replica, view, snapshot.now):
+        return [Fail(replica.name, failure)], []
+    allocation = view.allocation
+    if allocation.state == "unknown":
+        return [], [f"the backend to answer ({allocation.reason})"]
+    if allocation.state == "gone":
+        return [Fail(replica.name, _allocation_gone(allocation.reason, snapshot.now))], []
+    if allocation.state in ("none", "pending"):
+        return _plan_pending(context, replica, view, snapshot.now)
+    if replica.running_at is None:
+        # The leader is the first in the order that the backend gives; it stays so.
+        changes = {"running_at": snapshot.now, "nodes": allocation.nodes}
+        return [Note(replica.name, changes)], ["agents"]
+    if replica.ranked_at is None:
+        return _plan_preflight(context, replica, view, snapshot.now)
+    return _plan_watch(context, replica, view, snapshot.now)
+
+
+def _choose_nodes(context: Context, run: RunRecord, replica: ReplicaRecord) -> tuple[str, ...]:
+    """The first nodes of the pool that no replica of this fleet uses; none where Slurm chooses."""
+    if not context.pool:
+        return ()
+    taken = {node for other in run.replicas.values() if not other.released for node in other.nodes}
+    before = (
+        [name for name in run.replicas if run.replicas[name].intent == "none"].index(replica.name)
+        if replica.intent == "none"
+        else 0
+    )
+    free = [node for node in context.pool if node not in taken]
+    start = before * context.spec.nodes
+    return tuple(free[start : start + context.spec.nodes])
+
+
+def _plan_pending(
+    context: Context, replica: ReplicaRecord, view: ReplicaView, now: float
+) -> _Result:
+    waited = now - (replica.requested_at or now)
+    limit = context.spec.limits.queue
+    reason = view.allocation.reason or "the allocation"
+    if waited > limit:
+        failure = Failure(
+            code="deadline",
+            exit_code=4,
+            message=f"no nodes within {limit} s; waited for {reason}",
+            where=view.allocation.identity or replica.name,
+            hint="Raise limits.queue, or ask for fewer nodes.",
+            at=now,
+        )
+        return [Fail(replica.name, failure)], []
+    return [], [reason]
+
+
+def _plan_preflight(
+    context: Context, replica: ReplicaRecord, view: ReplicaView, now: float
+) -> _Result:
+    """Agents up → each told its peers and checks → facts good → ranks."""
+    reports = _reports(replica, view)
+    missing = [node for node in replica.nodes if node not in reports]
+    if missing:
+        limit = context.spec.limits.agents
+        if now - (replica.running_at or now) > limit:
+            problems = "; ".join(
+                f"{node}: {view.nodes[node].problem}"
+                for node in missing
+                if node in view.nodes and view.nodes[node].problem
+            )
+            failure = Failure(
+                code="deadline",
+                exit_code=4,
+                message=f"no agent reported from {', '.join(missing)} within {limit} s"
+                + (f" ({problems})" if problems else ""),
+                where=replica.name,
+                hint="See agent.log in the run folder; is launcher installed on the nodes?",
+                at=now,
+            )
+            return [Fail(replica.name, failure)], []
+        return [], [f"the agent on {', '.join(missing)}"]
+    unasked = [node for node in replica.nodes if not replica.revision_of(node)]
+    if unasked:
+        return _checks(context, replica, reports), ["preflight"]
+    if steps := _again_elsewhere(context, replica, reports):
+        return steps, ["another port block"]
+    waiting = [
+        node
+        for node in replica.nodes
+        if reports[node].facts is None or reports[node].checks_for != replica.revision_of(node)
+    ]
+    if waiting:
+        return [], [f"preflight on {', '.join(waiting)}"]
+    if unfit := _unfit(replica, reports, now):
+        return [Fail(replica.name, unfit)], []
+    chosen = addresses.choose(
+        context.spec.interface,
+        {node: reports[node].addresses for node in replica.nodes},
+        {node: reports[node].reach for node in replica.nodes},
+        {node: view.nodes[node].answers_at for node in replica.nodes},
+    )
+    if isinstance(chosen, addresses.NoPath):
+        asked_at = replica.running_at or now
+        if now - asked_at > context.spec.limits.agents:
+            failure = Failure(
+                code="preflight",
+                exit_code=3,
+                message=chosen.message,
+                where=replica.name,
+                hint="Write `interface:` with the name of the network between the nodes.",
+                at=now,
+            )
+            return [Fail(replica.name, failure)], []
+        return [], [f"a network path ({chosen.message})"]
+    steps = _rank(context, replica, reports, chosen)
+    return [
+        *steps,
+        Note(replica.name, {"ranked_at": now, "generation": replica.generation + 1}),
+    ], ["the engine"]
+
+
+def _plan_watch(
+    context: Context, replica: ReplicaRecord, view: ReplicaView, now: float
+) -> _Result:
+    if replica_phase(replica, view) == "serving":
+        return ([] if replica.serving_at else [Note(replica.name, {"serving_at": now})]), []
+    leader = view.nodes[replica.nodes[0]].report
+    waited_for = leader.member.waiting_for if leader and leader.member else ""
+    limit = context.spec.limits.start + 30  # the leader's own deadline comes first
+    if now - (replica.ranked_at or now) > limit and replica.serving_at is None:
+        failure = Failure(
+            code="deadline",
+            exit_code=4,
+            message=f"not serving within {limit} s; waited for {waited_for or 'the engine'}",
+            where=replica.name,
+            hint="Raise limits.start; `launcher logs` shows how far it came.",
+            at=now,
+        )
+        return [Fail(replica.name, failure)], []
+    return [], [waited_for or "the engine"]
+
+
+def _plan_down(replica: ReplicaRecord, view: ReplicaView, now: float, drain_s: int) -> _Result:
+    """Every agent told to stop; the allocation given back when all have, or cannot be asked."""
+    waited = now - (replica.stopping_at or now)
+    unordered = [
+        node
+        for node in replica.nodes
+        if replica.allocation and not _ordered_to_stop(replica, node) and node in view.nodes
+    ]
+    if replica.failure is None and waited < drain_s + LEADER_FIRST_S:
+        # The leader's API server ends its requests and its engine while the others still answer.
+        leader = replica.nodes[0] if replica.nodes else ""
+        report = view.nodes[leader].report if leader in view.nodes else None
+        if leader in unordered:
+            unordered = [leader]
+        elif unordered and report is not None and report.phase != "stopped":
+            return [], [f"{leader} to stop first"]
+    if unordered:
+        orders = [
+            Assign(replica.name, node, _stopped(replica, node, drain_s)) for node in unordered
+        ]
+        return list(orders), ["agents to stop"]
+    running = [
+        node
+        for node in replica.nodes
+        if node in view.nodes
+        and (report := view.nodes[node].report) is not None
+        and report.phase != "stopped"
+        and not is_lost(view.nodes[node])
+    ]
+    if running and waited < STOP_CONFIRM_S + drain_s and view.allocation.state != "gone":
+        failure = first_failure(replica, view, now)
+        if replica.failure and failure and failure.message != replica.failure.message:
+            if waited < ATTRIBUTION_S:  # the story may become clearer while reports come in
+                return [Fail(replica.name, failure)], []
+        return [], [f"{', '.join(running)} to stop"]
+    return [Release(replica.name, replica.allocation)], []
+
+
+def _reports(replica: ReplicaRecord, view: ReplicaView) -> dict[str, Report]:
+    return {
+        node: seen.report
+        for node in replica.nodes
+        if (seen := view.nodes.get(node)) is not None and seen.report is not None
+    }
+
+
+def _checks(context: Context, replica: ReplicaRecord, reports: dict[str, Report]) -> list[Step]:
+    """The first assignment of each node: look at yourself, and at who hears you."""
+    steps: list[Step] = []
+    for rank, node in enumerate(replica.nodes):
+        block = ports.block(replica.slot + _offset(context, rank), None)
+        block["api"] = _api_port(context, replica)
+        checks = Checks(
+            probe_script=context.scripts["engine-probe.sh"],
+            executor=context.layout.executor,
+            model_folder=context.spec.model if is_folder(context.spec.model) else None,
+            ports=ports.to_check(block, leader=rank == 0),
+            gpus=context.layout.ranks_per_node,
+            only_warn=context.shares_machine,
+        )
+        peers = tuple(
+            Peer(
+                node=other,
+                port=reports[other].heartbeat_port,
+                addresses=tuple(address.ip for address in reports[other].addresses),
+            )
+            for other in replica.nodes
+            if other != node
+        )
+        assignment = Assignment(
+            revision=replica.revision_of(node) + 1, goal="idle", checks=checks, peers=peers
+        )
+        steps.append(Assign(replica.name, node, assignment))
+    return steps
+
+
+def _again_elsewhere(
+    context: Context, replica: ReplicaRecord, reports: dict[str, Report]
+) -> list[Step]:
+    """A busy port of our own choice is no fault of the node: try the next block, some times."""
+    if context.spec.port is not None or replica.slots_tried >= ports.SLOTS // 4:
+        return []
+    for node, report in reports.items():
+        current = report.checks_for == replica.revision_of(node)
+        if current and report.facts and any(f.check == "ports" for f in report.facts.unfit):
+            step = context.spec.nodes if context.shares_machine else 1
+            moved = replica.model_copy(update={"slot": (replica.slot + step) % ports.SLOTS})
+            changes = {"slot": moved.slot, "slots_tried": replica.slots_tried + 1}
+            return [Note(replica.name, changes), *_checks(context, moved, reports)]
+    return []
+
+
+def _unfit(replica: ReplicaRecord, reports: dict[str, Report], now: float) -> Failure | None:
+    for node in replica.nodes:
+        facts = reports[node].facts
+        if facts and facts.unfit:
+            worst = facts.unfit[0]
+            return Failure(
+                code="preflight",
+                exit_code=3,
+                message=worst.message,
+                where=f"node {node}, check {worst.check}",
+                hint=worst.hint,
+                at=now,
+            )
+    versions = {node: facts.versions for node in replica.nodes if (facts := reports[node].facts)}
+    for finding in judge_parity(versions):
+        return Failure(
+            code="preflight",
+            exit_code=3,
+            message=finding.message,
+            where=replica.name,
+            hint=finding.hint,
+            at=now,
+        )
+    return None
+
+
+def _rank(
+    context: Context,
+    replica: ReplicaRecord,
+    reports: dict[str, Report],
+    chosen: dict[str, addresses.Choice],
+) -> list[Step]:
+    steps: list[Step] = []
+    leader = replica.nodes[0]
+    leader_ports = ports.block(replica.slot, None) | {"api": _api_port(context, replica)}
+    for rank, node in enumerate(replica.nodes):
+        guard = ports.block(replica.slot + _offset(context, rank), None)["guard"]
+        others = [leader, *replica.nodes] if rank else list(replica.nodes)
+        peers = tuple(
+            Peer(
+                node=other,
+                port=reports[other].heartbeat_port,
+                addresses=(chosen[other].ip,),
+            )
+            for other in dict.fromkeys(others)
+            if other != node
+        )
+        member = Member(
+            replica=replica.name,
+            generation=replica.generation + 1,
+            rank=rank,
+            size=len(replica.nodes),
+            address=chosen[node].ip,
+            interface=chosen[node].interface,
+            leader_address=chosen[leader].ip,
+            ports=leader_ports,
+            commands=render.commands_of(rank, context.layout, leader_ports, context.scripts),
+            ranks_per_node=context.layout.ranks_per_node,
+            secret_environment=context.secret_names,
+            served_model=context.spec.name,
+            start_timeout_s=context.spec.limits.start,
+            peers=peers,
+            guard_port=guard,
+        )
+        assignment = Assignment(revision=replica.revision_of(node) + 1, goal="rank", member=member)
+        steps.append(Assign(replica.name, node, assignment))
+    return steps
+
+
+def _stopped(replica: ReplicaRecord, node: str, drain_s: int) -> Assignment:
+    return Assignment(
+        revision=replica.revision_of(node) + 1,
+        goal="stopped",
+        reason=replica.failure.message if replica.failure else "down",
+        stop_grace_s=5 if replica.failure else drain_s,
+    )
+
+
+def _ordered_to_stop(replica: ReplicaRecord, node: str) -> bool:
+    assignment = replica.assignments.get(node)
+    return assignment is not None and assignment.goal == "stopped"
+
+
+def _offset(context: Context, rank: int) -> int:
+    return rank if context.shares_machine else 0
+
+
+def _api_port(context: Context, replica: ReplicaRecord) -> int:
+    """The user's port for the first replica; the others count up, for they may share a node."""
+    if context.spec.port is None:
+        return ports.block(replica.slot, None)["api"]
+    return context.spec.port + int(replica.name[1:]) - 1
+
+
+def _allocation_gone(reason: str, now: float) -> Failure:
+    return Failure(
+        code="allocation",
+        exit_code=1,
+        message=f"the allocation ended: {reason or 'reason unknown'}",
+        hint="`launcher up` asks for a new one.",
+        at=now,
+    )

@@ -1,0 +1,183 @@
+"""From spec and layout to the exact scripts that run. Pure, but for reading our own templates.
+
+A script is a rendered header (exports and arrays, all quoted) and a static body from
+sbatch_templates/. What differs between nodes is read from the environment by the body, so that one
+script serves all nodes of a replica and `launcher render` can print it before a node is known.
+"""
+
+from importlib import resources
+
+from health.engine import PROBE
+from launcher import __version__, quoting
+from launcher.documents import Command
+from launcher.layout import Layout
+from launcher.spec import FleetSpec, SlurmBackend
+
+SIGNAL_LEAD_S = 120
+
+
+def template(name: str) -> str:
+    """The text of one static body."""
+    return resources.files("sbatch_templates").joinpath(name).read_text(encoding="utf-8")
+
+
+def engine_scripts(spec: FleetSpec, layout: Layout) -> dict[str, str]:
+    """All scripts that agents run, by file name."""
+    bodies = ("ray-head", "ray-worker", "serve-ray") if layout.executor == "ray" else ("serve-mp",)
+    scripts = {f"{name}.sh": _engine_script(name, spec, layout) for name in bodies}
+    scripts["engine-probe.sh"] = _engine_script("engine-probe", spec, layout)
+    return scripts
+
+
+def commands_of(
+    rank: int, layout: Layout, ports: dict[str, int], scripts: dict[str, str]
+) -> tuple[Command, ...]:
+    """The processes of one rank, in the order in which they start."""
+    if layout.executor == "mp":
+        name = "serve" if rank == 0 else "headless"
+        return (Command(name=name, script=scripts["serve-mp.sh"]),)
+    if rank > 0:
+        return (Command(name="ray-worker", script=scripts["ray-worker.sh"]),)
+    return (
+        Command(name="ray-head", script=scripts["ray-head.sh"]),
+        Command(name="serve", script=scripts["serve-ray.sh"], after_port=ports["rendezvous"]),
+    )
+
+
+def served_names(spec: FleetSpec) -> list[str]:
+    """The names under which clients ask for the model: the fleet's name and the model's id."""
+    folder_name = spec.model.rstrip("/").rsplit("/", 1)[-1]
+    model_id = folder_name if spec.model.startswith("/") else spec.model
+    return list(dict.fromkeys([spec.name, model_id]))
+
+
+def _engine_script(name: str, spec: FleetSpec, layout: Layout) -> str:
+    runtime = spec.runtime
+    lines = [
+        "#!/bin/bash",
+        f"# {name} of fleet {spec.name}, rendered by launcher {__version__}",
+        "",
+    ]
+    lines += [quoting.export(key, value) for key, value in sorted(_engine_environment().items())]
+    lines += [quoting.export(key, value) for key, value in spec.env.items()]
+    lines += [quoting.export("LAUNCHER_MODEL", spec.model)]
+    lines += [quoting.export("LAUNCHER_DATA_PARALLEL", str(layout.data))]
+    if name == "engine-probe":
+        lines += [quoting.export("LAUNCHER_PROBE", PROBE)]
+    if runtime.venv:
+        lines += [quoting.export("VIRTUAL_ENV", runtime.venv)]
+        lines += [f'export PATH={quoting.word(runtime.venv + "/bin")}:"$PATH"']
+    lines += [quoting.array("LAUNCHER_MODULES", runtime.modules)]
+    lines += [quoting.array("LAUNCHER_APPTAINER", _apptainer_words(spec))]
+    lines += [quoting.array("LAUNCHER_PYXIS", _pyxis_words(spec))]
+    mounts = "".join(f",{mount}" for mount in _mounts(spec)) if runtime.pyxis else ""
+    lines += [quoting.export("LAUNCHER_PYXIS_MOUNTS", mounts)]
+    if name.startswith("serve"):
+        lines += [quoting.array("LAUNCHER_ENGINE_ARGS", _engine_words(spec, layout))]
+    body = template("preamble.sh") + "\n" + template(f"{name}.sh")
+    return "\n".join(lines) + "\n\n" + body
+
+
+def _engine_environment() -> dict[str, str]:
+    """What every engine gets unless the spec's `env:` says otherwise (later lines win)."""
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _engine_words(spec: FleetSpec, layout: Layout) -> list[str]:
+    words = ["--served-model-name", *served_names(spec)]
+    words += ["--tensor-parallel-size", str(layout.tensor)]
+    words += ["--pipeline-parallel-size", str(layout.pipeline)]
+    if layout.data > 1:
+        words += ["--data-parallel-size", str(layout.data)]
+        words += ["--data-parallel-backend", layout.executor]
+    if spec.revision:
+        words += ["--revision", spec.revision]
+    return words + quoting.engine_arguments(spec.engine.args)
+
+
+def _mounts(spec: FleetSpec) -> list[str]:
+    container = spec.runtime.apptainer or spec.runtime.pyxis
+    own = list(container.mounts) if container else []
+    if spec.model.startswith("/"):
+        own.append(f"{spec.model}:{spec.model}:ro")
+    return own
+
+
+def _apptainer_words(spec: FleetSpec) -> list[str]:
+    container = spec.runtime.apptainer
+    if container is None:
+        return []
+    words = ["--nv"] if "--rocm" not in container.args else []
+    for mount in _mounts(spec):
+        words += ["--bind", mount]
+    return [*words, *container.args, container.image]
+
+
+def _pyxis_words(spec: FleetSpec) -> list[str]:
+    container = spec.runtime.pyxis
+    return [f"--container-image={container.image}", *container.args] if container else []
+
+
+def sbatch_script(
+    spec: FleetSpec, *, replica: str, allocation: int, base: str, python: str, gpus_per_node: int
+) -> str:
+    """The batch script of one allocation job."""
+    slurm = spec.backend.slurm or SlurmBackend()
+    name = f"{spec.name}.{replica}.a{allocation}"
+    options = [
+        f"--job-name={name}",
+        f"--nodes={spec.nodes}",
+        "--ntasks-per-node=1",
+        "--no-requeue",
+        "--no-kill",
+        "--open-mode=append",
+        f"--signal=B:USR1@{SIGNAL_LEAD_S}",
+        f"--output={_escaped_pattern(base)}/supervisor.log",
+    ]
+    simple = ("partition", "account", "qos", "constraint", "reservation", "nodelist", "exclude")
+    options += [f"--{key}={value}" for key in simple if (value := getattr(slurm, key))]
+    if slurm.walltime:
+        options.append(f"--time={_slurm_time(slurm.walltime)}")
+    if slurm.gres:
+        options.append(f"--gres={slurm.gres}")
+    elif slurm.gpu_option == "gres":
+        options.append(f"--gres=gpu:{gpus_per_node}")
+    elif slurm.gpu_option == "gpus-per-node":
+        options.append(f"--gpus-per-node={gpus_per_node}")
+    if slurm.cpus_per_task:
+        options.append(f"--cpus-per-task={slurm.cpus_per_task}")
+    if slurm.mem:
+        options.append(f"--mem={slurm.mem}")
+    if slurm.exclusive:
+        options.append("--exclusive")
+    options += slurm.directives
+    lines = ["#!/bin/bash"]
+    lines += [f"#SBATCH {_directive(option)}" for option in options]
+    lines += [
+        f"# allocation {name}, rendered by launcher {__version__}",
+        quoting.export("LAUNCHER_PYTHON", python),
+        quoting.export("LAUNCHER_BASE", base),
+    ]
+    return "\n".join(lines) + "\n\n" + template("replica.sbatch")
+
+
+def _directive(option: str) -> str:
+    """Slurm splits #SBATCH lines like a shell: quote what holds blanks or quotes."""
+    return option if not set(option) & set(" \t'\"\\#") else quoting.word(option)
+
+
+def _escaped_pattern(path: str) -> str:
+    """A path in --output, where % starts a pattern."""
+    return path.replace("%", "%%")
+
+
+def _slurm_time(seconds: int) -> str:
+    """Slurm counts in minutes; round up, so that nobody gets less than was asked."""
+    minutes = -(-seconds // 60)
+    days, rest = divmod(minutes, 24 * 60)
+    return f"{days}-{rest // 60:02d}:{rest % 60:02d}:00"

@@ -1,0 +1,49 @@
+"""A fleet's secrets: files of mode 0600, never in argv, scripts, logs or reports. I/O."""
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from launcher.errors import SpecError
+from launcher.files import make_private, write_text
+from launcher.spec import FleetSpec
+
+SECRET_MAX_BYTES = 64 * 1024
+
+
+def provide(spec: FleetSpec, folder: Path) -> None:
+    """Put every secret that the fleet needs into its folder. Raises SpecError for a missing one.
+
+    The API key stays the same for the fleet's life; the other tokens are made anew for each run.
+    """
+    make_private(folder)
+    if not (folder / "api_key").is_file():
+        write_text(folder / "api_key", f"sk-{secrets.token_urlsafe(32)}\n")
+    for name in ("agent_token", "ray_token"):
+        write_text(folder / name, secrets.token_hex(32))
+    for name, source in spec.secrets.items():
+        if source.env is not None:
+            value = os.environ.get(source.env)
+            if not value:
+                raise SpecError(
+                    f"the variable {source.env} is not set here",
+                    where=f"secrets.{name}",
+                    hint=f"export {source.env}=… and run the command again.",
+                )
+        else:
+            value = _read_secret_file(Path(source.file or ""), name)
+        write_text(folder / name, value.strip() + "\n")
+
+
+def _read_secret_file(path: Path, name: str) -> str:
+    where = f"secrets.{name}: {path}"
+    try:
+        found = path.stat()
+        if found.st_size > SECRET_MAX_BYTES:
+            raise SpecError("is too large for a secret", where=where)
+        if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise SpecError("can be read by others", where=where, hint=f"chmod 600 {path}")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot be read: {error}", where=where) from error

@@ -1,0 +1,279 @@
+"""The spec: what a user wants of one fleet, as data. Pure; every key refuses what it cannot mean.
+
+A key that is not written has a default that works. Durations are written `90s`, `30m`, `12h`,
+`2d` or `1-12:00:00` and held in seconds.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
+
+SPEC_VERSION = 1
+
+# Engine arguments that we set ourselves: addresses, ports, ranks, names, keys.
+ENGINE_ARGS_OURS = frozenset(
+    {
+        *("model", "served-model-name", "revision", "host", "port", "uds", "api-key", "config"),
+        *("tensor-parallel-size", "tp", "pipeline-parallel-size", "pp", "nnodes", "n"),
+        *("node-rank", "r", "master-addr", "master-port", "headless", "api-server-count"),
+        *("distributed-executor-backend", "ssl-keyfile", "ssl-certfile"),
+        *("data-parallel-size", "dp", "data-parallel-size-local", "dpl", "data-parallel-rank"),
+        *("data-parallel-address", "dpa", "data-parallel-rpc-port", "dpp", "dpn"),
+        *("data-parallel-start-rank", "dpr", "data-parallel-backend", "dpb"),
+    }
+)
+# Variables that place a process or hold a secret: ours, or files.
+ENVIRONMENT_OURS = re.compile(
+    r"(VLLM_HOST_IP|VLLM_PORT|VLLM_API_KEY|VLLM_RPC_BASE_PATH|RAY_ADDRESS|RAY_AUTH_.*|TMPDIR"
+    r"|MASTER_ADDR|MASTER_PORT|LAUNCHER_.*)\Z"
+)
+_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL)", re.I)
+_ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)\Z")
+_SLURM_TIME = re.compile(r"(?:(\d+)-)?(\d{1,3}):(\d{2})(?::(\d{2}))?\Z")
+
+
+def duration_s(value: Any) -> Any:
+    """Seconds of `90`, `90s`, `30m`, `12h`, `2d`, `12:00:00` or `1-12:00:00`."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if match := _DURATION.match(text):
+        return int(float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]])
+    if match := _SLURM_TIME.match(text):
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    raise ValueError(f"{value!r} is not a duration; write 90s, 30m, 12h or 1-12:00:00")
+
+
+Duration = Annotated[int, BeforeValidator(duration_s), Field(gt=0, le=366 * 86400)]
+FleetName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9\-]{0,38}[a-z0-9])?$")]
+# Text that ends up in an #SBATCH line: one line, no blanks at the ends.
+Word = Annotated[str, StringConstraints(pattern=r"^[^\s'\"\\`$]+$", max_length=1024)]
+Size = Annotated[int, Field(ge=1, le=4096)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Parallelism(Section):
+    """How many ways the model is cut: tensor within a node, pipeline across nodes, data copies."""
+
+    tensor: Size = 1
+    pipeline: Size = 1
+    data: Size = 1
+
+
+class Engine(Section):
+    """Arguments of `vllm serve`, passed through: `max-model-len: 32768`, `enforce-eager: true`."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("args")
+    @classmethod
+    def _not_ours(cls, args: dict[str, Any]) -> dict[str, Any]:
+        for name, value in args.items():
+            bare = name.lstrip("-").replace("_", "-")
+            if bare in ENGINE_ARGS_OURS:
+                raise ValueError(f"{name!r} is set by launcher; remove it")
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9\-_.]*", bare):
+                raise ValueError(f"{name!r} is not an argument name")
+            if isinstance(value, str) and "\0" in value:
+                raise ValueError(f"{name!r} holds a NUL byte")
+        return args
+
+
+class Container(Section):
+    """An image and the folders that the engine must see inside it."""
+
+    image: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    mounts: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+
+
+class Runtime(Section):
+    """Where the engine's `vllm` comes from. Nothing written: the PATH of the node."""
+
+    venv: str | None = None
+    modules: tuple[str, ...] = ()
+    apptainer: Container | None = None
+    pyxis: Container | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Runtime":
+        chosen = [
+            kind for kind in ("venv", "apptainer", "pyxis") if getattr(self, kind) is not None
+        ]
+        if len(chosen) > 1:
+            raise ValueError(f"write one of {' and '.join(chosen)}, not both")
+        return self
+
+
+class SecretSource(Section):
+    """Where a secret comes from: a file of mode 0600 or a variable of the caller's environment."""
+
+    file: str | None = None
+    env: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "SecretSource":
+        if (self.file is None) == (self.env is None):
+            raise ValueError("write exactly one of file and env")
+        return self
+
+
+class Limits(Section):
+    """Deadlines. Each wait is for an observed fact and ends with a message that names it."""
+
+    queue: Duration = 24 * 3600
+    agents: Duration = 120
+    start: Duration = 1800
+    drain: Duration = 30
+    orphan: Duration = 1800
+
+
+class LocalBackend(Section):
+    """This machine plays all nodes, each with a loopback address of its own."""
+
+
+class SshBackend(Section):
+    inventory: str
+    pool: str | None = None
+    nodes: str | None = None
+
+
+class SlurmBackend(Section):
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    walltime: Duration | None = None
+    gres: Word | None = None
+    gpu_option: Literal["gres", "gpus-per-node", "none"] = "gres"
+    constraint: Annotated[str, StringConstraints(pattern=r"^[^\n\r\x00]+$")] | None = None
+    exclude: Word | None = None
+    nodelist: Word | None = None
+    reservation: Word | None = None
+    cpus_per_task: Size | None = None
+    mem: Word | None = None
+    exclusive: bool = False
+    directives: tuple[Annotated[str, StringConstraints(pattern=r"^--?[^\n\r\x00]+$")], ...] = ()
+
+
+class Backend(Section):
+    """Exactly one of local, ssh and slurm."""
+
+    local: LocalBackend | None = None
+    ssh: SshBackend | None = None
+    slurm: SlurmBackend | None = None
+
+    @model_validator(mode="after")
+    def _one_backend(self) -> "Backend":
+        written = [kind for kind in ("local", "ssh", "slurm") if getattr(self, kind) is not None]
+        if len(written) != 1:
+            raise ValueError("write exactly one of local, ssh and slurm")
+        return self
+
+    @property
+    def kind(self) -> Literal["local", "ssh", "slurm"]:
+        return "ssh" if self.ssh else "slurm" if self.slurm else "local"
+
+
+def _short_backend(value: Any) -> Any:
+    if isinstance(value, str):
+        return {value: {}}
+    if isinstance(value, dict) and len(value) == 1:  # `slurm:` with nothing below it
+        return {kind: {} if block is None else block for kind, block in value.items()}
+    return value
+
+
+class FleetSpec(Section):
+    """One model, served by R replicas of N nodes each, on one backend."""
+
+    version: Annotated[int, Field(ge=1, le=SPEC_VERSION)] = SPEC_VERSION
+    name: FleetName
+    model: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    revision: Word | None = None
+    replicas: Annotated[int, Field(ge=1, le=1000)] = 1
+    nodes: Annotated[int, Field(ge=1, le=512)] = 1
+    gpus_per_node: Annotated[int, Field(ge=1, le=64)] | None = None
+    parallelism: Literal["auto"] | Parallelism = "auto"
+    executor: Literal["ray", "mp"] | None = None
+    engine: Engine = Engine()
+    env: dict[str, str] = Field(default_factory=dict)
+    secrets: dict[str, SecretSource] = Field(default_factory=dict)
+    runtime: Runtime = Runtime()
+    interface: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:\-]{1,15}$")] = "auto"
+    port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    limits: Limits = Limits()
+    backend: Annotated[Backend, BeforeValidator(_short_backend)] = Backend(local=LocalBackend())
+
+    @field_validator("model")
+    @classmethod
+    def _printable_model(cls, model: str) -> str:
+        if any(ord(letter) < 32 for letter in model):
+            raise ValueError("holds a control character (a line break?)")
+        return model
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _plain_env(cls, env: Any) -> Any:
+        if not isinstance(env, dict):
+            return env
+        return {
+            name: str(value) if isinstance(value, int | float) else value
+            for name, value in env.items()
+        }
+
+    @field_validator("env")
+    @classmethod
+    def _safe_env(cls, env: dict[str, str]) -> dict[str, str]:
+        for name, value in env.items():
+            _check_environment_name(name)
+            if _SECRET_NAME.search(name) and value:
+                raise ValueError(f"{name} looks like a secret; name its source under `secrets:`")
+            if "\0" in value:
+                raise ValueError(f"{name} holds a NUL byte")
+        return env
+
+    @field_validator("secrets")
+    @classmethod
+    def _safe_secrets(cls, secrets: dict[str, SecretSource]) -> dict[str, SecretSource]:
+        for name in secrets:
+            _check_environment_name(name)
+        return secrets
+
+
+def _check_environment_name(name: str) -> None:
+    if not _ENVIRONMENT_NAME.match(name):
+        raise ValueError(f"{name!r} is not a variable name")
+    if ENVIRONMENT_OURS.match(name):
+        raise ValueError(f"{name} is set by launcher; remove it")
+
+
+# Keys that may change while the fleet runs; every other difference needs new engines.
+CHANGES_IN_PLACE = frozenset({"limits"})
+
+
+def differences(old: FleetSpec, new: FleetSpec) -> list[str]:
+    """The top-level keys, written as `key: old → new`, whose change needs a restart."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return [
+        f"{key}: {before[key]} → {after[key]}"
+        for key in before
+        if key not in CHANGES_IN_PLACE and before[key] != after[key]
+    ]
+
+
+def is_folder(model: str) -> bool:
+    """A model is a folder when it is written as a path; `org/name` is a Hugging Face id."""
+    return model.startswith(("/", "./", "../", "~"))

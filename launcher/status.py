@@ -1,0 +1,183 @@
+"""The document of `up` and `status`, made from record and snapshot. Pure."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from launcher.documents import Document
+from launcher.record import Failure, ReplicaRecord, RunRecord
+from launcher.snapshot import NodeView, ReplicaView, Snapshot
+from launcher.verdicts import endpoint_of, is_lost, node_phase, replica_phase
+
+
+class NodeStatus(BaseModel):
+    node: str
+    rank: int | None
+    phase: str
+    since: float | None = None
+    waiting_for: str = ""
+    lost_since: float | None = None
+
+
+class ReplicaStatus(BaseModel):
+    name: str
+    generation: int
+    phase: str
+    endpoint: str | None
+    nodes: list[NodeStatus]
+    allocation: str = ""
+    allocation_ends_at: float | None = None
+    expected_start: float | None = None
+    since: float | None = None
+    timings_s: dict[str, float] = Field(default_factory=dict)
+    failure: Failure | None = None
+    leftover: str = ""
+
+
+class StatusError(BaseModel):
+    code: str
+    message: str
+    where: str = ""
+    hint: str = ""
+    exit_code: int = 1
+
+
+class Status(Document):
+    """What `status.json` holds and `status --json` prints."""
+
+    fleet: str
+    run: int
+    desired: Literal["up", "down"]
+    phase: Literal["starting", "serving", "degraded", "failed", "stopping", "stopped"]
+    endpoint: str | None
+    api_key_file: str
+    model: str
+    backend: str
+    replicas: list[ReplicaStatus]
+    spares: list[str] = Field(default_factory=list)
+    waiting_for: list[str]
+    error: StatusError | None = None
+    controller: str = "running"
+    updated_at: float
+    finished: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0 when the fleet fully does what was wished; else the exit code of its first error."""
+        if self.error:
+            return self.error.exit_code
+        if self.desired == "down":
+            return 0
+        return 0 if self.phase == "serving" else 1
+
+
+def make_status(
+    *,
+    fleet: str,
+    model: str,
+    backend: str,
+    api_key_file: str,
+    record: RunRecord,
+    snapshot: Snapshot,
+    waiting_for: tuple[str, ...],
+    finished: bool,
+) -> Status:
+    replicas = [_replica(record.replicas[name], view) for name, view in snapshot.replicas.items()]
+    failures = [r.failure for r in record.replicas.values() if r.failure]
+    first = min(failures, key=lambda failure: failure.at, default=None)
+    error = None
+    if first is not None:
+        error = StatusError(
+            code=first.code,
+            message=first.message,
+            where=first.where,
+            hint=first.hint,
+            exit_code=first.exit_code,
+        )
+    phases = [replica.phase for replica in replicas]
+    return Status(
+        fleet=fleet,
+        run=record.run,
+        desired=snapshot.desired,
+        phase=_fleet_phase(phases, snapshot.desired, finished),
+        endpoint=record.first_endpoint,
+        api_key_file=api_key_file,
+        model=model,
+        backend=backend,
+        replicas=replicas,
+        waiting_for=list(waiting_for),
+        error=error,
+        updated_at=snapshot.now,
+        finished=finished,
+    )
+
+
+def _fleet_phase(
+    phases: list[str], desired: str, finished: bool
+) -> Literal["starting", "serving", "degraded", "failed", "stopping", "stopped"]:
+    if desired == "down":
+        return "stopped" if finished else "stopping"
+    serving = phases.count("serving")
+    if phases and serving == len(phases):
+        return "serving"
+    if serving:
+        return "degraded"
+    return "failed" if "failed" in phases else "starting"
+
+
+def _replica(record: ReplicaRecord, view: ReplicaView) -> ReplicaStatus:
+    phase = replica_phase(record, view)
+    nodes = [
+        _node(record, rank, node, view.nodes.get(node))
+        for rank, node in enumerate(record.nodes)
+    ]
+    began = record.requested_at
+    marks = {
+        "allocated": record.running_at,
+        "preflight": record.ranked_at,
+        "first_token": record.serving_at,
+    }
+    since = {
+        "serving": record.serving_at,
+        "joining": record.ranked_at,
+        "failed": record.failure.at if record.failure else None,
+    }.get(phase, record.requested_at)
+    return ReplicaStatus(
+        name=record.name,
+        generation=record.generation,
+        phase=phase,
+        endpoint=endpoint_of(record, view) if phase == "serving" else None,
+        nodes=nodes,
+        allocation=view.allocation.identity,
+        allocation_ends_at=view.allocation.ends_at,
+        expected_start=view.allocation.expected_start,
+        since=since,
+        timings_s={
+            name: round(at - began, 2) for name, at in marks.items() if at is not None and began
+        },
+        failure=record.failure,
+        leftover=record.leftover,
+    )
+
+
+def _node(
+    record: ReplicaRecord, rank: int, node: str, view: NodeView | None)
+ -> NodeStatus:
+    failure = record.failure
+    accused = bool(failure and failure.code == "node_lost" and failure.where == f"node {node}")
+    if (
+        accused
+        and failure
+        and (view is None or view.report is None or is_lost(view) or record.released)
+    ):
+        return NodeStatus(node=node, rank=rank, phase="lost", lost_since=failure.at)
+    if view is None or view.report is None:
+        return NodeStatus(node=node, rank=rank, phase="starting", waiting_for="its agent")
+    report = view.report
+    return NodeStatus(
+        node=node,
+        rank=rank,
+        phase=node_phase(view),
+        since=report.since,
+        waiting_for=report.member.waiting_for if report.member else "",
+    )

@@ -1,0 +1,135 @@
+"""What the user wants: written by the CLI, read by the controller. And who drives. I/O."""
+
+import contextlib
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import time
+from typing import Literal
+
+from launcher.documents import Document
+from launcher.errors import StateError
+from launcher.files import make_private, read_document, write_document
+from launcher.paths import FleetPaths
+from launcher.record import RunRecord
+
+DRIVER_STALE_S = 10.0
+
+
+class Wish(Document):
+    """wish.json: this run, up or down."""
+
+    run: int
+    desired: Literal["up", "down"]
+    at: float
+
+
+class Driver(Document):
+    """controller.json: which process drives the fleet. `beat` grows while it lives."""
+
+    host: str
+    pid: int
+    run: int
+    beat: int
+    started_at: float
+
+
+def read_wish(paths: FleetPaths) -> Wish | None:
+    return read_document(paths.wish, Wish)
+
+
+def write_wish(paths: FleetPaths, run: int, desired: Literal["up", "down"]) -> Wish:
+    wish = Wish(run=run, desired=desired, at=time.time())
+    write_document(paths.wish, wish)
+    return wish
+
+
+def take_the_wheel(paths: FleetPaths) -> int | None:
+    """Become the one controller of this fleet: a lock handle, or None where another one lives."""
+    make_private(paths.root)
+    handle = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    driver = _read_driver(paths)
+    if driver and driver.host != socket.gethostname() and _beats(paths, driver):
+        os.close(handle)  # locks do not cross hosts on every file system; its beat does
+        return None
+    return handle
+
+
+def is_driven(paths: FleetPaths) -> bool:
+    """Whether a controller of this fleet lives."""
+    driver = _read_driver(paths)
+    if driver is None:
+        return _is_locked(paths)
+    if driver.host == socket.gethostname():
+        return _is_locked(paths)
+    return _is_locked(paths) or _beats(paths, driver)
+
+
+def start_controller(paths: FleetPaths, run: int) -> None:
+    """Start the controller in the background; it outlives this process."""
+    log = os.open(
+        paths.run(run).controller_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+    )
+    try:
+        subprocess.Popen(
+            [sys.executable, "-m", "launcher.controller", str(paths.root)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd="/",
+        )
+    finally:
+        os.close(log)
+
+
+def next_run(paths: FleetPaths) -> int:
+    """The number of a new run: one more than any that has left a trace."""
+    numbers = [0]
+    with contextlib.suppress(OSError):
+        numbers += [int(e.name) for e in (paths.root / "runs").iterdir() if e.name.isdecimal()]
+    wish = read_wish(paths)
+    return max([*numbers, wish.run if wish else 0]) + 1
+
+
+def read_record(paths: FleetPaths, run: int) -> RunRecord | None:
+    return read_document(paths.run(run).record, RunRecord)
+
+
+def _read_driver(paths: FleetPaths) -> Driver | None:
+    try:
+        return read_document(paths.controller, Driver)
+    except StateError:
+        return None
+
+
+def _is_locked(paths: FleetPaths) -> bool:
+    try:
+        handle = os.open(paths.lock, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _beats(paths: FleetPaths, seen: Driver) -> bool:
+    """Watch whether the beat of a controller on another host grows."""
+    deadline = time.monotonic() + DRIVER_STALE_S
+    while time.monotonic() < deadline:
+        now = _read_driver(paths)
+        if now is None or now.beat != seen.beat:
+            return now is not None
+        time.sleep(0.5)
+    return False

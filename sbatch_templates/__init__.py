@@ -1,0 +1,1 @@
+"""Static shell bodies; launcher/render.py puts a quoted header before each."""

@@ -1,0 +1,19 @@
+# --- vLLM on one node of its own multi-node mode; rank 0 has the API server ------------------------
+export VLLM_HOST_IP="$LAUNCHER_NODE_ADDRESS" VLLM_PORT="$LAUNCHER_PORT_VLLM_FIRST"
+
+if [ "$LAUNCHER_NODE_RANK" -eq 0 ]; then
+  ROLE=(--host "$LAUNCHER_NODE_ADDRESS" --port "$LAUNCHER_PORT_API")
+else
+  ROLE=(--headless)
+fi
+if [ "$LAUNCHER_NODES" -gt 1 ]; then
+  ROLE+=(--nnodes "$LAUNCHER_NODES" --node-rank "$LAUNCHER_NODE_RANK"
+    --master-addr "$LAUNCHER_LEADER_ADDRESS" --master-port "$LAUNCHER_LEADER_PORT_RENDEZVOUS")
+fi
+if [ "$LAUNCHER_DATA_PARALLEL" -gt 1 ]; then
+  ROLE+=(--data-parallel-rpc-port "$LAUNCHER_LEADER_PORT_DATA_PARALLEL_RPC")
+fi
+
+exec "${ENGINE[@]}" vllm serve "$LAUNCHER_MODEL" \
+  --distributed-executor-backend mp "${ROLE[@]}" \
+  "${LAUNCHER_ENGINE_ARGS[@]}"

@@ -1,0 +1,9 @@
+# --- vLLM's API server and engine, on the leader, its ranks placed by Ray ---------------------------
+export VLLM_HOST_IP="$LAUNCHER_NODE_ADDRESS" VLLM_PORT="$LAUNCHER_PORT_VLLM_FIRST"
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$LAUNCHER_SECRETS/ray_token"
+export RAY_ADDRESS="$LAUNCHER_LEADER_ADDRESS:$LAUNCHER_LEADER_PORT_RENDEZVOUS"
+
+exec "${ENGINE[@]}" vllm serve "$LAUNCHER_MODEL" \
+  --host "$LAUNCHER_NODE_ADDRESS" --port "$LAUNCHER_PORT_API" \
+  --distributed-executor-backend ray \
+  "${LAUNCHER_ENGINE_ARGS[@]}"
