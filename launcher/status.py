@@ -128,8 +128,7 @@ def _fleet_phase(
 def _replica(record: ReplicaRecord, view: ReplicaView) -> ReplicaStatus:
     phase = replica_phase(record, view)
     nodes = [
-        _node(record, rank, node, view.nodes.get(node))
-        for rank, node in enumerate(record.nodes)
+        _node(record, rank, node, view.nodes.get(node)) for rank, node in enumerate(record.nodes)
     ]
     began = record.requested_at
     marks = {
@@ -160,9 +159,7 @@ def _replica(record: ReplicaRecord, view: ReplicaView) -> ReplicaStatus:
     )
 
 
-def _node(
-    record: ReplicaRecord, rank: int, node: str, view: NodeView | None)
- -> NodeStatus:
+def _node(record: ReplicaRecord, rank: int, node: str, view: NodeView | None) -> NodeStatus:
     failure = record.failure
     accused = bool(failure and failure.code == "node_lost" and failure.where == f"node {node}")
     if (

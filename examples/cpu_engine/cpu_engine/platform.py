@@ -20,3 +20,7 @@ class MultiHostCpuPlatform(CpuPlatform):
         # The parent class forces "spawn", which imports everything again in each child; nothing
         # has started a thread yet at this point, so a fork is safe and saves half of the start.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method
+
+    @classmethod
+    def get_device_communicator_cls(cls) -> str:
+        return "cpu_engine.communicator.SameMemoryCpuCommunicator"

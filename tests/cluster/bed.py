@@ -1,0 +1,118 @@
+"""The whole testbed: up, down, and the faults, as functions that tests and the CLI share."""
+
+import os
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+from tests.cluster import hosts, services
+from tests.cluster.hosts import BED, address, names, run, wait_for
+
+NEEDED = ("ip", "nsenter", "unshare", "tc", "slurmctld", "slurmd", "munged", "ssh-keygen", "sshd")
+
+
+def missing() -> str:
+    """Why the testbed cannot run here; empty where it can."""
+    if os.geteuid() != 0:
+        return "the testbed needs root"
+    absent = hosts.which(*NEEDED)
+    return f"the testbed needs {', '.join(absent)} (see .ci/run)" if absent else ""
+
+
+def up(count: int, *, with_slurm: bool = True) -> None:
+    """Make the cluster; one that is there and whole is kept."""
+    if why := missing():
+        raise SystemExit(why)
+    bed = hosts.load()
+    if bed.nodes == count and all(hosts.alive(bed.pids.get(h)) for h in names(count)):
+        return
+    down()
+    BED.mkdir(exist_ok=True)
+    BED.chmod(0o755)
+    bed = hosts.Bed(nodes=count)
+    bed.save()
+    for disk in ("/nvme0", "/nvme1"):
+        Path(disk).mkdir(exist_ok=True)
+    hosts.make_network(count)
+    services.write_sshd(names(count))
+    services.make_users(bed)
+    if with_slurm:
+        (BED / "with-slurm").touch()
+        services.write_slurm(names(count))
+        services.start_slurm(bed)
+    for host in names(count):
+        hosts.boot(bed, host)
+    for host in names(count):
+        wait_for(lambda host=host: _answers(address(host), 22), f"sshd on {host}")
+    if with_slurm:
+        services.wait_for_slurm(names(count))
+
+
+def down() -> None:
+    """Remove all of it. Harmless when repeated, and after a crash half-way."""
+    bed = hosts.load()
+    count = max(bed.nodes, _leftover_hosts())
+    for pid in bed.pids.values():
+        if hosts.alive(pid):
+            os.kill(pid, signal.SIGKILL)
+    services.stop_daemons(bed)
+    services.remove_users(bed)
+    services.remove_slurm_files()
+    hosts.remove_network(count)
+    for disk in ("/nvme0", "/nvme1"):
+        if Path(disk).is_dir() and not any(Path(disk).iterdir()):
+            Path(disk).rmdir()
+    shutil.rmtree(BED, ignore_errors=True)
+
+
+def status() -> str:
+    bed = hosts.load()
+    if not bed.nodes:
+        return "no testbed; `python -m tests.cluster up --nodes 4` makes one"
+    rows = [
+        f"{host}  {address(host)}  {'up' if hosts.alive(bed.pids.get(host)) else 'off'}"
+        for host in names(bed.nodes)
+    ]
+    rows += [f"{name}  {'up' if hosts.alive(pid) else 'off'}" for name, pid in bed.daemons.items()]
+    if "slurmctld" in bed.daemons:
+        rows.append(run("sinfo", check=False).stdout.strip())
+    return "\n".join(rows)
+
+
+def kill(host: str) -> None:
+    hosts.kill(hosts.load(), host)
+
+
+def start(host: str) -> None:
+    hosts.start(hosts.load(), host)
+    wait_for(lambda: _answers(address(host), 22), f"sshd on {host}")
+
+
+def cut(host: str) -> None:
+    hosts.cut(host)
+
+
+def heal(host: str) -> None:
+    hosts.heal(host)
+
+
+def slow(host: str, rate: str) -> None:
+    hosts.slow(host, rate)
+
+
+def on(host: str, *command: str, user: str | None = None) -> list[str]:
+    """A command line that runs this command on that host."""
+    return [*hosts.enter(hosts.load(), host, user), *command]
+
+
+def _leftover_hosts() -> int:
+    seen = run("ip", "netns", "list", check=False).stdout.split()
+    numbers = [int(name[1:]) for name in seen if name[:1] == "h" and name[1:].isdecimal()]
+    return max(numbers, default=0)
+
+
+def _answers(ip: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((ip, port)) == 0
