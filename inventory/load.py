@@ -44,6 +44,7 @@ class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: Annotated[int, Field(ge=1, le=1)] = 1
+    ssh_config: str | None = None
     defaults: _Entry = _Entry()
     pools: dict[str, list[str | _Entry]]
 
@@ -72,7 +73,14 @@ def load(path: Path) -> Inventory:
         Pool(name=name, nodes=tuple(_nodes(name, entries, file.defaults, path)))
         for name, entries in file.pools.items()
     )
-    return Inventory(pools=pools)
+    if not pools:
+        raise InventoryError(
+            "has no pools", where=str(path), hint="Write `pools: {default: […]}`."
+        )
+    config = (path.parent / Path(file.ssh_config).expanduser()) if file.ssh_config else None
+    if config is not None and not config.is_file():
+        raise InventoryError(f"ssh_config: there is no {config}", where=str(path))
+    return Inventory(pools=pools, ssh_config_path=config.absolute() if config else None)
 
 
 def _nodes(pool: str, entries: list[str | _Entry], defaults: _Entry, path: Path) -> list[Node]:

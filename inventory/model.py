@@ -1,5 +1,6 @@
 """What a node and a pool are: frozen records, the same for every backend. Pure."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -53,6 +54,7 @@ class Inventory(Record):
     """All pools that we know."""
 
     pools: tuple[Pool, ...]
+    ssh_config_path: Path | None = None
 
     def pool(self, name: str) -> Pool | None:
         return next((pool for pool in self.pools if pool.name == name), None)

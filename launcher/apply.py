@@ -22,10 +22,14 @@ class Executor:
         self.record = record
 
     def apply(self, plan: Plan, now: float) -> None:
+        stuck: set[str] = set()
         for step in plan.steps:
+            if step.replica in stuck:
+                continue
             if isinstance(step, Release):
                 self._release(step, now)
                 continue
+            before = self.record
             self._save(remember(self.record, step, now))
             self._journal.write(type(step).__name__.lower(), **_details(step))
             try:
@@ -36,7 +40,27 @@ class Executor:
                     failure = _failure_of(error, now)
                     self._save(remember(self.record, Fail(step.replica, failure), now))
                 else:
-                    return  # the next round sees what is missing and tries again
+                    # Nothing was done: forget the intent, so that the next round tries again. A
+                    # node that cannot be told to stop must not keep the others from being told.
+                    self._save(before)
+                    if not (isinstance(step, Assign) and step.assignment.goal == "stopped"):
+                        stuck.add(step.replica)
+
+    def resume(self) -> None:
+        """After a restart: write every assignment again that may not have been written."""
+        for replica in self.record.replicas.values():
+            if replica.released:
+                continue
+            for node, assignment in replica.assignments.items():
+                try:
+                    self._act(Assign(replica.name, node, assignment))
+                except FleetError as error:
+                    self._journal.write("failed", step="resume", node=node, error=str(error))
+            if replica.intent == "up" and not replica.assignments:
+                try:
+                    self._act(Allocate(replica.name, replica.allocation, replica.nodes))
+                except FleetError as error:
+                    self._journal.write("failed", step="resume", error=str(error))
 
     def set_endpoint(self, endpoint: str | None) -> None:
         """The fleet's address, found once."""

@@ -32,27 +32,9 @@ class Ground:
     def allocation(
         self, run: int, replica: ReplicaRecord, number: int, nodes: tuple[str, ...]
     ) -> Allocation:
-        """The one description of an allocation that every part agrees on."""
-        base = self.paths.run(run).base(replica.name, number)
-        seed = f"{os.getuid()}/{self.paths.root}/{run}/{replica.name}.a{number}"
-        mark = hashlib.sha256(seed.encode()).hexdigest()[:16]
-        config = AgentConfig(
-            fleet=self.spec.name,
-            mark=mark,
-            package_version=__version__,
-            orphan_timeout_s=self.spec.limits.orphan,
-            cache_folder=str(state_root() / "cache") if self.backend.kind != "ssh" else "",
-        )
-        return Allocation(
-            fleet=self.spec.name,
-            run=run,
-            replica=replica.name,
-            number=number,
-            nodes=nodes,
-            base=base,
-            config=config,
-            secrets=read_secrets(self.paths.secrets),
-        )
+        """One allocation of this fleet, as every part describes it."""
+        chosen = replica.model_copy(update={"allocation": number, "nodes": nodes})
+        return make_allocation(self.paths, self.spec, run, chosen, self.backend.kind)
 
     def rendered(
         self, run: int, replica: ReplicaRecord, number: int, nodes: tuple[str, ...]
@@ -60,6 +42,31 @@ class Ground:
         """Every script of one allocation, by file name: what `render` writes and what runs."""
         allocation = self.allocation(run, replica, number, nodes)
         return {**self.context.scripts, **self.backend.commands(allocation)}
+
+
+def make_allocation(
+    paths: FleetPaths, spec: FleetSpec, run: int, replica: ReplicaRecord, backend: str
+) -> Allocation:
+    """The present allocation of a replica: its folder, mark, agent configuration and secrets."""
+    base = paths.run(run).base(replica.name, replica.allocation)
+    seed = f"{os.getuid()}/{paths.root}/{run}/{replica.name}.a{replica.allocation}"
+    config = AgentConfig(
+        fleet=spec.name,
+        mark=hashlib.sha256(seed.encode()).hexdigest()[:16],
+        package_version=__version__,
+        orphan_timeout_s=spec.limits.orphan,
+        cache_folder=str(state_root() / "cache") if backend != "ssh" else "",
+    )
+    return Allocation(
+        fleet=spec.name,
+        run=run,
+        replica=replica.name,
+        number=replica.allocation,
+        nodes=replica.nodes,
+        base=base,
+        config=config,
+        secrets=read_secrets(paths.secrets),
+    )
 
 
 def make_ground(spec: FleetSpec, paths: FleetPaths) -> Ground:

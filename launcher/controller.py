@@ -71,6 +71,7 @@ class Controller:
             replicas=new_replicas(ground.context),
         )
         executor = Executor(ground, record, self.run_paths)
+        executor.resume()
         pulse = Pulse(read_secrets(self.paths.secrets)["agent_token"].encode())
         pulse.woken = self._woken
         pulse.start()

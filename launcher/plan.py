@@ -282,7 +282,10 @@ def _plan_down(replica: ReplicaRecord, view: ReplicaView, now: float, drain_s: i
     unordered = [
         node
         for node in replica.nodes
-        if replica.allocation and not _ordered_to_stop(replica, node) and node in view.nodes
+        if replica.allocation
+        and not _ordered_to_stop(replica, node)
+        and node in view.nodes
+        and not is_lost(view.nodes[node])
     ]
     if replica.failure is None and waited < drain_s + LEADER_FIRST_S:
         # The leader's API server ends its requests and its engine while the others still answer.

@@ -19,6 +19,8 @@ def sweep(mark: str) -> int:
     """
     found, scratch = [], set()
     for process in psutil.process_iter():
+        if process.pid == os.getpid():
+            continue
         try:
             if process.uids().real != os.getuid():
                 continue

@@ -13,6 +13,7 @@ from pathlib import Path
 from health.gpu import count_gpus
 from inventory.model import Node, Pool
 from launcher import quoting
+from launcher.agent.processes import MARK_VARIABLE
 from launcher.agent.sweep import sweep
 from launcher.backends.base import Allocation, Seen
 from launcher.backends.shared_files import SharedFiles
@@ -109,6 +110,7 @@ def _start_agent(allocation: Allocation, node: str) -> None:
             stdout=log,
             stderr=log,
             start_new_session=True,
+            env={**os.environ, MARK_VARIABLE: f"{allocation.config.mark}/agent"},
             cwd="/",
         )
     finally:

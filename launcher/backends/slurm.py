@@ -2,6 +2,7 @@
 
 import sys
 
+from inventory.model import Pool
 from launcher.backends.base import Allocation, Seen
 from launcher.backends.shared_files import SharedFiles
 from launcher.documents import Document
@@ -13,7 +14,6 @@ from launcher.slurm_tools import cluster, jobs
 from launcher.slurm_tools.jobs import Job
 from launcher.snapshot import AllocationView
 from launcher.spec import FleetSpec, SlurmBackend
-from inventory.model import Pool
 
 SCRIPT = "replica.sbatch"
 

@@ -52,11 +52,11 @@ def address(host: str) -> str:
 
 
 def run(*command: str, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(  # noqa: PLW1510
-        command, text=True, capture_output=True, **options
-    )
+    result = subprocess.run(command, text=True, capture_output=True, **options)
     if check and result.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip() or result.stdout.strip()}")
+        raise RuntimeError(
+            f"{' '.join(command)}: {result.stderr.strip() or result.stdout.strip()}"
+        )
     return result
 
 
@@ -73,9 +73,7 @@ def make_network(count: int) -> None:
         run(*inside, "link", "set", "eth0", "up")
         run(*inside, "link", "set", "lo", "up")
         run(*inside, "route", "add", "default", "via", CONTROL_ADDRESS)
-    _write_names(
-        [f"{CONTROL_ADDRESS} ctl"] + [f"{address(host)} {host}" for host in names(count)]
-    )
+    _write_names([f"{CONTROL_ADDRESS} ctl"] + [f"{address(host)} {host}" for host in names(count)])
 
 
 def boot(bed: Bed, host: str) -> None:
@@ -93,7 +91,10 @@ def boot(bed: Bed, host: str) -> None:
         stdout=log,
         stderr=log,
         start_new_session=True,
-        env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"},
+        env={
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": "/root",
+        },
         cwd="/",
     )
     log.close()

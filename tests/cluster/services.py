@@ -1,4 +1,4 @@
-"""What runs on the virtual hosts: sshd with keys of its own, munge and Slurm, two user accounts."""
+"""What runs on the virtual hosts: sshd with own keys, munge and Slurm, two user accounts."""
 
 import os
 import pwd
@@ -8,7 +8,7 @@ import stat
 import subprocess
 from pathlib import Path
 
-from tests.cluster.hosts import BED, CONTROL_ADDRESS, Bed, address, alive, names, run, wait_for
+from tests.cluster.hosts import BED, CONTROL_ADDRESS, Bed, address, alive, run, wait_for
 
 USERS = ("lta", "ltb")
 GPUS = 8
@@ -23,7 +23,7 @@ def write_sshd(hosts: list[str]) -> None:
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
     authorized = BED / "authorized_keys"
     shutil.copy(key.with_suffix(".pub"), authorized)
-    os.chmod(authorized, 0o644)
+    authorized.chmod(0o644)
     Path("/run/sshd").mkdir(exist_ok=True)
     known = []
     for host in hosts:
@@ -69,9 +69,11 @@ def make_users(bed: Bed) -> None:
         ssh = home / ".ssh"
         ssh.mkdir(mode=0o700, exist_ok=True)
         shutil.copy(BED / "id_ed25519", ssh / "id_testbed")
-        os.chmod(ssh / "id_testbed", stat.S_IRUSR | stat.S_IWUSR)
+        (ssh / "id_testbed").chmod(0o600)
         (ssh / "config").write_text(
-            (BED / "ssh_config").read_text().replace(str(BED / "id_ed25519"), str(ssh / "id_testbed"))
+            (BED / "ssh_config")
+            .read_text()
+            .replace(str(BED / "id_ed25519"), str(ssh / "id_testbed"))
         )
         run("chown", "-R", f"{user}:", str(ssh))
 
@@ -155,7 +157,15 @@ def start_slurm(bed: Bed) -> None:
         bed.daemons["munged"] = int(Path("/run/munge/munged.pid").read_text())
     with (BED / "slurmctld.out").open("a") as log:
         outer = subprocess.Popen(
-            ["unshare", "-u", "--fork", "--kill-child", "sh", "-c", "hostname ctl; exec slurmctld -D -c"],
+            [
+                "unshare",
+                "-u",
+                "--fork",
+                "--kill-child",
+                "sh",
+                "-c",
+                "hostname ctl; exec slurmctld -D -c",
+            ],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -1,7 +1,7 @@
 """A CPU communicator that uses shared memory only between ranks that share a machine's memory."""
 
-import os
 import socket
+from pathlib import Path
 
 import torch.distributed
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
@@ -9,7 +9,7 @@ from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicat
 
 def memory_identity() -> str:
     """Equal for two processes exactly when they see the same /dev/shm."""
-    return f"{socket.gethostname()}/{os.stat('/dev/shm').st_dev}"
+    return f"{socket.gethostname()}/{Path('/dev/shm').stat().st_dev}"
 
 
 class SameMemoryCpuCommunicator(CpuCommunicator):
