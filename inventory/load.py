@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from inventory import nodeset
 from inventory.errors import InventoryError
@@ -40,13 +40,18 @@ class _Entry(BaseModel):
     rack: str | None = None
 
 
+def _named(entry: Any) -> Any:
+    """`gpu-a[001-004]` is short for `{name: gpu-a[001-004]}`."""
+    return {"name": entry} if isinstance(entry, str) else entry
+
+
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: Annotated[int, Field(ge=1, le=1)] = 1
     ssh_config: str | None = None
     defaults: _Entry = _Entry()
-    pools: dict[str, list[str | _Entry]]
+    pools: dict[str, list[Annotated[_Entry, BeforeValidator(_named)]]]
 
 
 def load(path: Path) -> Inventory:
@@ -83,23 +88,22 @@ def load(path: Path) -> Inventory:
     return Inventory(pools=pools, ssh_config_path=config.absolute() if config else None)
 
 
-def _nodes(pool: str, entries: list[str | _Entry], defaults: _Entry, path: Path) -> list[Node]:
+def _nodes(pool: str, entries: list[_Entry], defaults: _Entry, path: Path) -> list[Node]:
     nodes: dict[str, Node] = {}
     for position, entry in enumerate(entries):
         where = f"{path}: pools.{pool}[{position}]"
-        written = _Entry(name=entry) if isinstance(entry, str) else entry
-        if not written.name:
+        if not entry.name:
             raise InventoryError("has no name", where=where)
         try:
-            names = nodeset.expand(written.name)
+            names = nodeset.expand(entry.name)
         except InventoryError as error:
             raise InventoryError(str(error), where=where) from error
-        if len(names) > 1 and written.host:
+        if len(names) > 1 and entry.host:
             raise InventoryError("a range of names cannot share one host", where=where)
         for name in names:
             if name in nodes:
                 raise InventoryError(f"{name} is listed twice", where=where)
-            nodes[name] = _node(name, written, defaults, path.parent)
+            nodes[name] = _node(name, entry, defaults, path.parent)
     return list(nodes.values())
 
 

@@ -69,10 +69,15 @@ def make_allocation(
     )
 
 
-def make_ground(spec: FleetSpec, paths: FleetPaths) -> Ground:
-    """Gather backend, pool and layout. Raises the FleetError that says why it cannot work."""
+def make_ground(spec: FleetSpec, paths: FleetPaths, *, check: bool) -> Ground:
+    """Gather backend, pool and layout. Raises the FleetError that says why it cannot work.
+
+    check: whether the backend is asked if it can take the fleet now. `up` does; a controller that
+    adopts a running fleet must not be stopped by a host that is away.
+    """
     backend = make_backend(spec, paths)
-    backend.check()
+    if check:
+        backend.check()
     pool = backend.pool()
     gpus = spec.gpus_per_node or min((node.gpus for node in pool.nodes if node.gpus), default=1)
     layout = choose_layout(spec, gpus, read_model_facts(spec.model))

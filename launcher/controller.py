@@ -23,14 +23,14 @@ from launcher.files import make_private, read_document, write_document
 from launcher.journal import Journal
 from launcher.observe import Observer
 from launcher.paths import FleetPaths
-from launcher.plan import Plan, make_plan, new_replicas
+from launcher.plan import Plan, make_plan, new_record
 from launcher.pulse import Pulse
 from launcher.record import RunRecord
 from launcher.snapshot import Snapshot
 from launcher.spec import FleetSpec
 from launcher.status import Status, StatusError, make_status
 from launcher.verdicts import endpoint_of, replica_phase
-from launcher.wish import Driver, Wish, read_wish, take_the_wheel
+from launcher.wish import Driver, Wish, read_record, read_wish, take_the_wheel
 
 BUSY_TURN_S = 0.5
 CALM_TURN_S = 1.0
@@ -63,13 +63,11 @@ class Controller:
             signal.signal(number, self._on_signal)
         self._drive()
         self.journal.write("controller", pid=os.getpid(), host=socket.gethostname())
-        ground = make_ground(self.spec, self.paths)
-        record = read_document(self.run_paths.record, RunRecord) or RunRecord(
-            run=self.wish.run,
-            mark=f"{self.spec.name}.{self.wish.run}",
-            started_at=time.time(),
-            replicas=new_replicas(ground.context),
-        )
+        ground = make_ground(self.spec, self.paths, check=False)
+        record = read_record(self.paths, self.wish.run)
+        if record is None:
+            before = read_record(self.paths, self.wish.run - 1)
+            record = new_record(ground.context, self.wish.run, before, time.time())
         executor = Executor(ground, record, self.run_paths)
         executor.resume()
         pulse = Pulse(read_secrets(self.paths.secrets)["agent_token"].encode())
@@ -109,7 +107,7 @@ class Controller:
         return {
             name: ground.allocation(record.run, replica, replica.allocation, replica.nodes)
             for name, replica in record.replicas.items()
-            if replica.allocation
+            if replica.intent != "none"
         }
 
     def _remember_endpoint(self, executor: Executor, snapshot: Snapshot) -> None:

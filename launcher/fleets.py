@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import secretstore
-from launcher.context import Ground, make_ground
+from launcher.context import Ground
 from launcher.errors import StateError, UsageError
 from launcher.files import make_private, read_document, read_tail, write_document
 from launcher.paths import RUNS_KEPT, FleetPaths, state_root
@@ -36,7 +36,7 @@ class Begun:
     adopted: bool
 
 
-def begin(spec: FleetSpec, ground: Ground | None = None) -> Begun:
+def begin(spec: FleetSpec, ground: Ground) -> Begun:
     """Bring a fleet up, or join the run that already does. Raises before anything is started."""
     paths = FleetPaths.of(spec.name)
     make_private(paths.root)
@@ -54,7 +54,6 @@ def begin(spec: FleetSpec, ground: Ground | None = None) -> Begun:
             )
         ensure_driven(paths, current)
         return Begun(paths, current, adopted=True)
-    ground = ground or make_ground(spec, paths)
     ground.backend.close()
     run = next_run(paths)
     secretstore.provide(spec, paths.secrets)

@@ -21,6 +21,7 @@ from launcher.verdicts import first_failure, is_lost, replica_phase
 STOP_CONFIRM_S = 20.0
 ATTRIBUTION_S = 6.0
 LEADER_FIRST_S = 10.0
+FOLLOWER_GRACE_S = 1
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,24 @@ def make_plan(context: Context, record: RunRecord, snapshot: Snapshot) -> Plan:
     return Plan(tuple(steps), tuple(waiting), finished and not steps)
 
 
-def new_replicas(context: Context) -> dict[str, ReplicaRecord]:
-    """The records with which a run begins."""
-    names = [f"r{number}" for number in range(1, context.spec.replicas + 1)]
-    return {
-        name: ReplicaRecord(
-            name=name, slot=ports.preferred_slot(context.user_id, context.spec.name, name)
+def new_record(context: Context, run: int, before: RunRecord | None, now: float) -> RunRecord:
+    """The record with which a run begins.
+
+    Allocations and generations are counted over the fleet's life, so that no name is used twice;
+    the port block is kept, so that the endpoint stays where it was.
+    """
+    replicas = {}
+    for number in range(1, context.spec.replicas + 1):
+        name = f"r{number}"
+        old = before.replicas.get(name) if before else None
+        preferred = ports.preferred_slot(context.user_id, context.spec.name, name)
+        replicas[name] = ReplicaRecord(
+            name=name,
+            slot=old.slot if old else preferred,
+            allocation=old.allocation if old else 0,
+            generation=old.generation if old else 0,
         )
-        for name in names
-    }
+    return RunRecord(run=run, started_at=now, replicas=replicas)
 
 
 _Result = tuple[list[Step], list[str]]
@@ -441,11 +451,14 @@ def _rank(
 
 
 def _stopped(replica: ReplicaRecord, node: str, drain_s: int) -> Assignment:
+    # Requests end on the leader. When it is gone a follower has nothing to end in order, and Ray's
+    # worker would wait half a minute for the head that is no more.
+    grace_s = 5 if replica.failure else drain_s if node == replica.nodes[0] else FOLLOWER_GRACE_S
     return Assignment(
         revision=replica.revision_of(node) + 1,
         goal="stopped",
         reason=replica.failure.message if replica.failure else "down",
-        stop_grace_s=5 if replica.failure else drain_s,
+        stop_grace_s=grace_s,
     )
 
 

@@ -57,7 +57,6 @@ class RunRecord(Document):
     """One run of a fleet."""
 
     run: int
-    mark: str
     started_at: float
     replicas: dict[str, ReplicaRecord] = Field(default_factory=dict)
     first_endpoint: str | None = None

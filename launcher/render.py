@@ -124,13 +124,21 @@ def _pyxis_words(spec: FleetSpec) -> list[str]:
 
 
 def sbatch_script(
-    spec: FleetSpec, *, replica: str, allocation: int, base: str, python: str, gpus_per_node: int
+    spec: FleetSpec,
+    *,
+    replica: str,
+    allocation: int,
+    base: str,
+    python: str,
+    gpus_per_node: int,
+    mark: str,
 ) -> str:
     """The batch script of one allocation job."""
     slurm = spec.backend.slurm or SlurmBackend()
     name = f"{spec.name}.{replica}.a{allocation}"
     options = [
         f"--job-name={name}",
+        f"--comment={mark}",  # by which we tell our job from another of the same name
         f"--nodes={spec.nodes}",
         "--ntasks-per-node=1",
         "--no-requeue",

@@ -4,7 +4,7 @@
 set -euo pipefail
 folder="$1" version="$2" wheels="$3"
 cd
-mkdir -p -m 700 "$folder"
+(umask 077 && mkdir -p "$folder")
 exec 9>"$folder/lock"
 flock -w 300 9 || { echo "another bootstrap holds $folder/lock" >&2; exit 75; }
 if [ "$("$folder/venv/bin/python" -m launcher.agent --version 2>/dev/null)" = "$version" ] \

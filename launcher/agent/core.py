@@ -32,6 +32,7 @@ TURN_S = 0.2
 BEAT_S = 5.0
 ASSIGNMENT_POLL_S = 0.5
 LOCK_WITHIN_S = 2.0
+ORPHAN_GRACE_S = 5
 # Variables of an enclosing job that would confuse what the engine starts.
 _NOT_INHERITED = ("SBATCH_", "LAUNCHER_", "RAY_", "VLLM_", "PYTHON", "VIRTUAL_ENV")
 
@@ -132,10 +133,11 @@ class Agent:
         """Start or stop the engine so that it is what the assignment says."""
         assignment = self.assignment
         if self._ordered_to_end or assignment is None or assignment.goal != "rank":
-            if self.engine:
-                self.heart.release()
-                grace = assignment.stop_grace_s if assignment else 5
-                self.engine.stop(grace)
+            if self.engine and not self.engine.is_stopping:
+                # We stay a member until the engine is gone: a leader that ends its requests needs
+                # its followers, and they fence themselves as soon as we are not.
+                self.heart.watch_nobody()
+                self.engine.stop(assignment.stop_grace_s if assignment else ORPHAN_GRACE_S)
             return
         member = assignment.member
         if member is None or assignment.revision <= self._fenced_revision:
@@ -166,6 +168,7 @@ class Agent:
         if engine.first_token_at or (engine.member.rank and self.heart.leader_serves()):
             self.heart.set_serving()
         if engine.gone:
+            self.heart.release()
             self.engine = None
             self.lost_peer = None
 

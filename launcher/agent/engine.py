@@ -19,7 +19,7 @@ from pathlib import Path
 from health.host import busy_ports
 from launcher.agent import lastwords, processes
 from launcher.agent.probe import TokenProbe
-from launcher.agent.processes import Reaper
+from launcher.agent.processes import SCRATCH_MARK, Reaper, scratch_root
 from launcher.documents import Evidence, Member
 from launcher.files import make_private, read_tail, write_text
 from launcher.ports import to_check
@@ -67,6 +67,7 @@ class Engine:
     _segments: set[str] = field(default_factory=set)
     _scanned_at: float = 0.0
     _guard: socket.socket | None = None
+    _told: set[str] = field(default_factory=set)
 
     @property
     def scratch(self) -> Path:
@@ -85,7 +86,7 @@ class Engine:
         with contextlib.suppress(OSError):  # lost the race by a hair: the engine will say so
             self._guard.bind((member.address, member.guard_port))
             self._guard.listen(1)
-        make_private(self.scratch)
+        write_text(make_private(self.scratch) / SCRATCH_MARK, self.around.mark)
         make_private(self.around.cache)
         self._pending = list(range(len(member.commands)))
         if member.rank == 0:
@@ -124,7 +125,6 @@ class Engine:
         self._pending = []
         if self.probe:
             self.probe.stop()
-        self._signal(signal.SIGTERM, last_first=True)
 
     def fence(self) -> None:
         """From any thread, without touching a file: TERM to every group now, KILL soon after."""
@@ -254,20 +254,20 @@ class Engine:
         )
         self.stop(FENCE_GRACE_S)
 
-    def _signal(self, number: int, *, last_first: bool) -> None:
-        """The last command alone first: an API server ends its requests while Ray lives."""
-        living = [p for p in self._processes if p.child.poll() is None]
-        chosen = living[-1:] if last_first and len(living) > 1 else living
-        for process in chosen:
-            processes.signal_group(process.child.pid, number)
+    def _terminate(self, process: _Process) -> None:
+        """TERM once, and to the command itself: `ray start` takes 4 s to end its children in
+        order, and 35 s when they were ended under its hands."""
+        if process.name not in self._told:
+            self._told.add(process.name)
+            with contextlib.suppress(ProcessLookupError):
+                process.child.send_signal(signal.SIGTERM)
 
     def _go_on_stopping(self, now: float) -> None:
+        """The last started command first: an API server ends its requests while Ray lives."""
         assert self._stop_at is not None
         living = [p for p in self._processes if p.child.poll() is None]
-        waited = now - self._stop_at
-        if living and waited < self._stop_grace_s:
-            if len(living) < len(self._processes) or len(self._processes) == 1:
-                self._signal(signal.SIGTERM, last_first=False)
+        if living and now - self._stop_at < self._stop_grace_s:
+            self._terminate(living[-1])
             return
         self._kill_everything()
         left = [p for p in self._processes if p.child.poll() is None]
@@ -301,9 +301,7 @@ def own_ports(member: Member) -> dict[str, int]:
 def scratch_folder(mark: str, member: Member) -> Path:
     """A short folder of our own: a Unix socket's path has room for 107 bytes, Ray's need 60."""
     seed = f"{mark}/{member.scope}/{member.rank}".encode()
-    root = os.environ.get("TMPDIR", "/tmp")
-    short = root if len(root) <= 16 else "/tmp"
-    return Path(short) / f"fl-{os.getuid()}-{hashlib.sha256(seed).hexdigest()[:8]}"
+    return scratch_root() / f"fl-{os.getuid()}-{hashlib.sha256(seed).hexdigest()[:8]}"
 
 
 def _listens(address: str, port: int) -> bool:

@@ -60,6 +60,11 @@ class Heart(threading.Thread):
         with self._lock:
             self._scope, self._serving, self._peers, self._leader = None, False, {}, None
 
+    def watch_nobody(self) -> None:
+        """Give up our leases on peers, and go on answering theirs."""
+        with self._lock:
+            self._peers = {}
+
     def set_serving(self) -> None:
         with self._lock:
             self._serving = self._scope is not None

@@ -13,7 +13,8 @@ _CAUSE = re.compile(
 )
 # These only report that something else failed before.
 _ECHO = re.compile(
-    r"See root cause above|EngineDeadError|Executor failed|WorkerProc initialization failed"
+    r"RayTaskError|See root cause above|EngineDeadError|Executor failed"
+    r"|WorkerProc initialization failed"
     r"|Engine core initialization failed|resource_tracker|SystemExit|KeyboardInterrupt"
 )
 CAUSE_MAX = 400

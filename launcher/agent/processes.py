@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 
 MARK_VARIABLE = "LAUNCHER_MARK"
+SCRATCH_MARK = ".mark"
+_SHORT_ROOT = 16
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -94,6 +96,12 @@ class Reaper:
 
     def forget(self, pid: int) -> None:
         self._own.pop(pid, None)
+
+
+def scratch_root() -> Path:
+    """Where engines get their short temporary folders: TMPDIR if it is short enough, else /tmp."""
+    named = os.environ.get("TMPDIR", "/tmp")
+    return Path(named if len(named) <= _SHORT_ROOT else "/tmp")
 
 
 def signal_group(group: int, number: int) -> None:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import psutil
 
-from launcher.agent.processes import MARK_VARIABLE, kill_all, remove_segments, segments_of
+from launcher.agent.processes import (
+    MARK_VARIABLE,
+    SCRATCH_MARK,
+    kill_all,
+    remove_segments,
+    scratch_root,
+    segments_of,
+)
 
 GONE_WITHIN_S = 5.0
 
@@ -17,7 +24,7 @@ def sweep(mark: str) -> int:
 
     Shared-memory segments that they had mapped and the scratch folders they ran in go, too.
     """
-    found, scratch = [], set()
+    found = []
     for process in psutil.process_iter():
         if process.pid == os.getpid():
             continue
@@ -29,14 +36,19 @@ def sweep(mark: str) -> int:
             continue
         if environment.get(MARK_VARIABLE, "").startswith(f"{mark}/"):
             found.append(process)
-            scratch.add(environment.get("LAUNCHER_TMP", ""))
     segments = segments_of(found)
     kill_all(found)
     deadline = time.monotonic() + GONE_WITHIN_S
     psutil.wait_procs(found, timeout=max(0.0, deadline - time.monotonic()))
     remove_segments(segments)
-    for folder in scratch:
-        path = Path(folder)
-        if path.name.startswith(f"fl-{os.getuid()}-") and path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+    for folder in scratch_root().glob(f"fl-{os.getuid()}-*"):
+        if _mark_of(folder).startswith(f"{mark}/"):
+            shutil.rmtree(folder, ignore_errors=True)
     return len(found)
+
+
+def _mark_of(folder: Path) -> str:
+    try:
+        return (folder / SCRATCH_MARK).read_text(encoding="utf-8")
+    except OSError:
+        return ""

@@ -3,7 +3,7 @@
 import sys
 
 from inventory.model import Pool
-from launcher.backends.base import Allocation, Seen
+from launcher.backends.base import Allocation
 from launcher.backends.shared_files import SharedFiles
 from launcher.documents import Document
 from launcher.errors import CapacityError, SlurmError, SpecError
@@ -115,13 +115,10 @@ class Slurm(SharedFiles):
             return AllocationView("running", label, job.nodes, ends_at=job.ends_at)
         return AllocationView("gone", label, job.nodes, reason=self._ending(allocation, job))
 
-    def look(self, allocation: Allocation, nodes: tuple[str, ...]) -> dict[str, Seen]:
-        return super().look(allocation, nodes)
-
     def release(self, allocation: Allocation) -> None:
-        for job in jobs.find(allocation.name):
-            if job.state in ("pending", "running", "ending"):
-                jobs.cancel(job.identity)
+        job = self._job(allocation)
+        if job is not None and job.state != "ended":
+            jobs.cancel(job.identity)
         self.forget_secrets(allocation)
 
     def close(self) -> None:
@@ -139,18 +136,17 @@ class Slurm(SharedFiles):
             base=str(allocation.base.root),
             python=sys.executable,
             gpus_per_node=gpus,
+            mark=allocation.config.mark,
         )
 
     def _job(self, allocation: Allocation) -> Job | None:
         """Our job of this name: the living one, else the one whose id was written down."""
         known = read_document(allocation.base.root / "job.json", SubmitRecord)
-        found = jobs.find(allocation.name)
+        found = [job for job in jobs.find(allocation.name) if _is_ours(job, allocation, known)]
         living = [job for job in found if job.state != "ended"]
         if living:
             return living[-1]
-        if known is None:
-            return None  # a job of this name from an earlier life of the fleet is not ours
-        return next((job for job in found if job.identity == known.job), None)
+        return found[-1] if found else None
 
     def _gone_or_none(self, allocation: Allocation) -> AllocationView:
         if not (allocation.base.root / "job.json").is_file():
@@ -171,3 +167,10 @@ class Slurm(SharedFiles):
             "COMPLETING": "it is ending",
         }
         return f"Slurm job {job.identity}: {words.get(job.slurm_state, job.slurm_state)}{told}"
+
+
+def _is_ours(job: Job, allocation: Allocation, known: SubmitRecord | None) -> bool:
+    """By the id that sbatch gave us, or by our mark where its answer was lost."""
+    return (known is not None and job.identity == known.job) or (
+        job.comment == allocation.config.mark
+    )

@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Everything heavy is imported inside the commands."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,7 +87,7 @@ def up(
     flags = _flags(
         fleet, model, nodes, replicas, executor, tensor, pipeline, data, gpus_per_node, port
     )
-    raise typer.Exit(command.up(file, flags, wait=not no_wait, as_json=as_json))
+    _watched(lambda: command.up(file, flags, wait=not no_wait, as_json=as_json))
 
 
 @app.command()
@@ -198,7 +199,7 @@ def down(file: SpecFile = None, fleet: FleetOption = None, as_json: Json = False
     if fleet is None and file is None and not fleets.all_fleets():
         say("there is no fleet; nothing to do")
         raise typer.Exit(0)
-    raise typer.Exit(command.down(_find(file, fleet), as_json=as_json))
+    _watched(lambda: command.down(_find(file, fleet), as_json=as_json))
 
 
 @app.command()
@@ -225,6 +226,18 @@ def bootstrap(
 
     flags = {"name": fleet} if fleet else {}
     raise typer.Exit(command.bootstrap(file, flags, wheels=wheels, as_json=as_json))
+
+
+def _watched(command: Callable[[], int]) -> None:
+    """Run a command that watches; Ctrl-C ends the watching and nothing else."""
+    try:
+        code = command()
+    except KeyboardInterrupt:
+        from launcher.cli.output import say
+
+        say("stopped watching; the fleet goes on (`launcher status`, `launcher down`)")
+        code = 130
+    raise typer.Exit(code)
 
 
 def _find(file: Path | None, fleet: str | None) -> Any:
@@ -260,11 +273,12 @@ def main() -> None:
                 }
             )
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except Exception as error:  # noqa: BLE001 - the last net: a traceback is not for users
         from launcher.cli import output
 
-        output.say("stopped watching; the fleet goes on (`launcher status`, `launcher down`)")
-        sys.exit(130)
+        output.say(f"launcher: this is a bug in launcher: {type(error).__name__}: {error}")
+        output.say(f"  Please report it with {output.write_crash()}")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """What the commands print: one JSON document on stdout, what people read on stderr."""
 
 import json
+import os
 import sys
+import tempfile
 import time
+import traceback
 from typing import Any
 
 from inventory.errors import FleetError
@@ -69,3 +72,11 @@ def span(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def write_crash() -> str:
+    """The present traceback in a file, for a report; where it lies."""
+    handle, name = tempfile.mkstemp(prefix="launcher-crash-", suffix=".txt", text=True)
+    with os.fdopen(handle, "w") as file:
+        traceback.print_exc(file=file)
+    return name

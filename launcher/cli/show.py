@@ -11,11 +11,11 @@ from launcher.context import Ground, make_ground
 from launcher.errors import UsageError
 from launcher.files import make_private, write_text
 from launcher.paths import FleetPaths
-from launcher.plan import Allocate, make_plan, new_replicas
-from launcher.record import ReplicaRecord, RunRecord
+from launcher.plan import Allocate, make_plan, new_record
+from launcher.record import ReplicaRecord
 from launcher.snapshot import AllocationView, ReplicaView, Snapshot
 from launcher.specfile import check_model_folder, load
-from launcher.wish import next_run, read_wish
+from launcher.wish import is_driven, next_run, read_record, read_wish
 
 
 def plan(file: Path | None, flags: dict[str, Any], *, as_json: bool) -> int:
@@ -119,7 +119,7 @@ def nodes(file: Path | None, flags: dict[str, Any], *, as_json: bool) -> int:
 def _ground(file: Path | None, flags: dict[str, Any]) -> Ground:
     spec = load(file, flags).spec
     check_model_folder(spec)
-    ground = make_ground(spec, FleetPaths.of(spec.name))
+    ground = make_ground(spec, FleetPaths.of(spec.name), check=False)
     ground.backend.close()
     return ground
 
@@ -128,18 +128,16 @@ def _allocations(ground: Ground) -> list[tuple[ReplicaRecord, int, tuple[str, ..
     """The allocations of the running run, else those that the planner would ask for first."""
     paths = ground.paths
     wish = read_wish(paths)
-    from launcher.wish import is_driven, read_record
-
     if wish and wish.desired == "up" and is_driven(paths):
         record = read_record(paths, wish.run)
         if record is not None:
             return [
                 (replica, replica.allocation, replica.nodes, wish.run)
                 for replica in record.replicas.values()
-                if replica.allocation
+                if replica.intent != "none"
             ]
     run = next_run(paths)
-    record = RunRecord(run=run, mark="", started_at=0.0, replicas=new_replicas(ground.context))
+    record = new_record(ground.context, run, read_record(paths, run - 1), 0.0)
     empty = {name: ReplicaView(AllocationView("none")) for name in record.replicas}
     first = make_plan(ground.context, record, Snapshot(now=0.0, desired="up", replicas=empty))
     return [

@@ -11,7 +11,7 @@ from launcher.errors import SlurmError
 from launcher.slurm_tools import runner
 
 # Free text comes last, so that a | in it harms nothing.
-SQUEUE_FORMAT = "%i|%T|%N|%e|%S|%B|%j|%r"
+SQUEUE_FORMAT = "%i|%T|%N|%e|%S|%B|%j|%r|%k"
 _PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 _RUNNING = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT"}
 _ENDING = {"COMPLETING"}
@@ -47,6 +47,7 @@ class Job:
     batch_host: str
     name: str
     reason: str
+    comment: str
 
 
 def submit(script: Path) -> str:
@@ -82,10 +83,10 @@ def parse_squeue(output: str) -> list[Job]:
     for line in output.splitlines():
         if not line.strip():
             continue
-        fields = line.split("|", 7)
-        if len(fields) != 8:
+        fields = line.split("|", 8)
+        if len(fields) != 9:
             raise SlurmError(f"squeue printed a row that cannot be read: {line[:200]!r}")
-        identity, state, node_list, end, start, batch_host, name, reason = fields
+        identity, state, node_list, end, start, batch_host, name, reason, comment = fields
         try:
             nodes = tuple(nodeset.expand(node_list)) if node_list.strip() else ()
         except InventoryError as error:
@@ -101,6 +102,7 @@ def parse_squeue(output: str) -> list[Job]:
                 batch_host=batch_host,
                 name=name,
                 reason=reason,
+                comment=comment.strip(),
             )
         )
     return jobs

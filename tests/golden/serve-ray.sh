@@ -1,0 +1,73 @@
+#!/bin/bash
+# serve-ray of fleet chat, rendered by launcher 0.1.0
+
+export PYTHONUNBUFFERED=1
+export RAY_USAGE_STATS_ENABLED=0
+export VLLM_DO_NOT_TRACK=1
+export VLLM_NO_USAGE_STATS=1
+export ODD='a '"'"'b'"'"' "c" $(d)
+e'
+export LAUNCHER_MODEL='/models/it'"'"'s $(touch /tmp/x)'
+export LAUNCHER_DATA_PARALLEL=1
+export VIRTUAL_ENV='/opt/it'"'"'s a venv'
+export PATH='/opt/it'"'"'s a venv/bin':"$PATH"
+LAUNCHER_MODULES=(
+)
+LAUNCHER_APPTAINER=(
+)
+LAUNCHER_PYXIS=(
+)
+export LAUNCHER_PYXIS_MOUNTS=''
+LAUNCHER_ENGINE_ARGS=(
+  --served-model-name
+  chat
+  'x)'
+  --tensor-parallel-size
+  8
+  --pipeline-parallel-size
+  2
+  --max-model-len
+  4096
+)
+
+# --- from here on static: the engine's environment ---------------------------------------------
+# Reads LAUNCHER_MODULES, LAUNCHER_APPTAINER and LAUNCHER_PYXIS (arrays, perhaps empty) and leaves
+# in ENGINE the words that stand in front of an engine command.
+set -euo pipefail
+
+if [ "${#LAUNCHER_MODULES[@]}" -gt 0 ]; then
+  if ! type module >/dev/null 2>&1; then
+    for init in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh /etc/profile.d/z00_lmod.sh \
+      /usr/share/lmod/lmod/init/bash /usr/share/modules/init/bash; do
+      # shellcheck disable=SC1090
+      if [ -r "$init" ]; then set +u; . "$init"; set -u; break; fi
+    done
+  fi
+  if ! type module >/dev/null 2>&1; then
+    echo "launcher: no environment modules on $(uname -n), but the spec asks for ${LAUNCHER_MODULES[*]}" >&2
+    exit 78
+  fi
+  set +u
+  module load "${LAUNCHER_MODULES[@]}"
+  set -u
+fi
+
+ENGINE=(env)
+if [ "${#LAUNCHER_APPTAINER[@]}" -gt 0 ]; then
+  ENGINE=(apptainer exec --bind "$LAUNCHER_TMP" --bind "$LAUNCHER_BASE" --bind "$LAUNCHER_CACHE"
+    "${LAUNCHER_APPTAINER[@]}")
+elif [ "${#LAUNCHER_PYXIS[@]}" -gt 0 ]; then
+  ENGINE=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$LAUNCHER_NODE" --no-kill
+    "--container-mounts=$LAUNCHER_TMP,$LAUNCHER_BASE,$LAUNCHER_CACHE$LAUNCHER_PYXIS_MOUNTS"
+    "${LAUNCHER_PYXIS[@]}")
+fi
+
+# --- vLLM's API server and engine, on the leader, its ranks placed by Ray ---------------------------
+export VLLM_HOST_IP="$LAUNCHER_NODE_ADDRESS" VLLM_PORT="$LAUNCHER_PORT_VLLM_FIRST"
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$LAUNCHER_SECRETS/ray_token"
+export RAY_ADDRESS="$LAUNCHER_LEADER_ADDRESS:$LAUNCHER_LEADER_PORT_RENDEZVOUS"
+
+exec "${ENGINE[@]}" vllm serve "$LAUNCHER_MODEL" \
+  --host "$LAUNCHER_NODE_ADDRESS" --port "$LAUNCHER_PORT_API" \
+  --distributed-executor-backend ray \
+  "${LAUNCHER_ENGINE_ARGS[@]}"

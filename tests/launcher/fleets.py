@@ -1,0 +1,52 @@
+"""A fleet under test: its spec, its commands, and what it has running. Shared by all backends."""
+
+import json
+import time
+from pathlib import Path
+
+import yaml
+
+
+class FleetUnderTest:
+    def __init__(self, folder: Path, cli, name: str, spec: dict) -> None:
+        self.folder, self.cli, self.name = folder, cli, name
+        self.spec = {"name": name, **spec}
+
+    @property
+    def file(self) -> str:
+        path = self.folder / "fleet.yaml"
+        path.write_text(yaml.safe_dump(self.spec))
+        return str(path)
+
+    def up(self, *more, timeout=300):
+        result = self.cli("up", "-f", self.file, "--json", *more, timeout=timeout)
+        assert result.stdout, result.stderr
+        return result.returncode, json.loads(result.stdout)
+
+    def status(self):
+        result = self.cli("status", "--fleet", self.name, "--json")
+        return result.returncode, json.loads(result.stdout)
+
+    def down(self):
+        return self.cli("down", "--fleet", self.name).returncode
+
+
+def eventually(observe, timeout_s=20.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if observe():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def ask(document: dict, prompt="The quick brown fox", tokens=8) -> str:
+    """A greedy completion through the endpoint by the official client."""
+    from openai import OpenAI
+
+    key = Path(document["api_key_file"]).read_text().strip()
+    client = OpenAI(base_url=document["endpoint"], api_key=key, max_retries=0, timeout=60)
+    answer = client.completions.create(
+        model=document["fleet"], prompt=prompt, max_tokens=tokens, temperature=0
+    )
+    return answer.choices[0].text

@@ -1,0 +1,331 @@
+"""A whole fleet on this machine with the fake engine: real CLI, controller, agents, processes."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from launcher.paths import FleetPaths
+from launcher.wish import is_driven
+
+
+@pytest.fixture
+def fleet(tmp_path, cli, fake_engine, model_folder, fleet_name, state_dir):
+    made = LocalFleet(tmp_path, cli, fake_engine, model_folder, fleet_name, state_dir)
+    yield made
+    made.cli("down", "--fleet", fleet_name)
+    assert made.processes() == []
+
+
+class LocalFleet:
+    def __init__(self, folder, cli, engine, model, name, state):
+        self.folder, self.cli, self.name, self.state = folder, cli, name, state
+        self.spec = {
+            "name": name,
+            "model": str(model),
+            "nodes": 2,
+            "gpus_per_node": 1,
+            "parallelism": {"pipeline": 2},
+            "executor": "mp",
+            "runtime": {"venv": str(engine)},
+            "limits": {"drain": "5s", "start": "30s"},
+            "backend": "local",
+        }
+
+    @property
+    def file(self) -> str:
+        path = self.folder / "fleet.yaml"
+        path.write_text(yaml.safe_dump(self.spec))
+        return str(path)
+
+    def up(self, *more):
+        result = self.cli("up", "-f", self.file, "--json", *more)
+        return result.returncode, json.loads(result.stdout), result.stderr
+
+    def status(self):
+        result = self.cli("status", "--fleet", self.name, "--json")
+        return result.returncode, json.loads(result.stdout)
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that runs for this fleet: its engines, agents and controller."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                words = " ".join(process.cmdline())
+                inside = str(self.state) in words or str(self.state) in process.environ().get(
+                    "LAUNCHER_BASE", ""
+                )
+            except psutil.Error:
+                continue
+            if inside and process.pid != os.getpid():
+                found.append(process)
+        return found
+
+    def engines(self) -> list[psutil.Process]:
+        return [p for p in self.processes() if any("fake_" in w for w in p.cmdline())]
+
+
+def eventually(observe, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if observe():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("executor", ["mp", "ray"])
+def test_up_gives_an_endpoint_that_answers_and_down_leaves_nothing(fleet, executor):
+    fleet.spec["executor"] = executor
+    before = {p.name for p in Path("/dev/shm").iterdir()}
+    code, document, _ = fleet.up()
+    assert code == 0
+    assert document["endpoint"].endswith("/v1")
+    assert document["error"] is None
+    key = Path(document["api_key_file"]).read_text().strip()
+    assert Path(document["api_key_file"]).stat().st_mode & 0o777 == 0o600
+    from openai import OpenAI
+
+    client = OpenAI(base_url=document["endpoint"], api_key=key)
+    answer = client.chat.completions.create(
+        model=fleet.name, messages=[{"role": "user", "content": "Hello"}]
+    )
+    assert answer.choices[0].message.content == "x"
+    assert document["replicas"][0]["nodes"][0]["phase"] == "serving"
+    assert fleet.cli("down", "--fleet", fleet.name).returncode == 0
+    assert fleet.processes() == []
+    assert {p.name for p in Path("/dev/shm").iterdir()} <= before
+    assert not list(Path("/tmp").glob(f"fl-{os.getuid()}-*"))
+    assert fleet.cli("down", "--fleet", fleet.name).returncode == 0
+    assert not list(fleet.state.rglob("r1.a1/secrets/*"))
+
+
+def test_no_secret_is_in_an_argument_a_script_or_a_log(fleet):
+    _, document, _ = fleet.up()
+    secrets = [f.read_text().strip() for f in (fleet.state / fleet.name / "secrets").iterdir()]
+    assert len(secrets) == 3
+    words = "\n".join(" ".join(process.cmdline()) for process in fleet.processes())
+    written = "\n".join(
+        file.read_text(errors="replace")
+        for file in fleet.state.rglob("*")
+        if file.is_file() and "secrets" not in file.parts
+    )
+    for secret in secrets:
+        assert secret not in words
+        assert secret not in written
+        assert secret not in json.dumps(document)
+
+
+def test_a_second_up_joins_the_first_and_a_changed_spec_is_refused(fleet):
+    fleet.up()
+    engines = {process.pid for process in fleet.engines()}
+    code, document, _ = fleet.up()
+    assert code == 0
+    assert {process.pid for process in fleet.engines()} == engines
+    fleet.spec["engine"] = {"args": {"max-model-len": 256}}
+    code, document, _ = fleet.up()
+    assert code == 2
+    assert "engine" in document["error"]["message"]
+    assert "down" in document["error"]["hint"]
+    assert {process.pid for process in fleet.engines()} == engines
+
+
+def test_the_cli_killed_in_the_middle_of_up_leaves_one_fleet_that_the_next_up_joins(fleet):
+    first = fleet.cli.start("up", "-f", fleet.file)
+    assert eventually(lambda: fleet.engines() != [])
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    code, document, _ = fleet.up()
+    assert code == 0
+    assert document["run"] == 1
+    assert len([p for p in fleet.engines() if "serve" in p.cmdline()]) == 2
+
+
+def test_ctrl_c_stops_watching_and_not_the_fleet(fleet):
+    fleet.spec["env"] = {"FAKE_ENGINE_FAULT": "hang"}
+    first = fleet.cli.start("up", "-f", fleet.file)
+    assert eventually(lambda: len(fleet.engines()) == 2)
+    first.send_signal(signal.SIGINT)
+    _, said = first.communicate(timeout=10)
+    assert first.returncode == 130
+    assert "the fleet goes on" in said
+    assert len(fleet.engines()) == 2
+
+
+def test_a_killed_controller_is_replaced_and_adopts_what_runs(fleet):
+    fleet.up()
+    engines = {process.pid for process in fleet.engines()}
+    paths = FleetPaths(fleet.state / fleet.name)
+    pid = json.loads(paths.controller.read_text())["pid"]
+    os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: not is_driven(paths))
+    code, document = fleet.status()
+    assert "not running" in document["controller"]
+    code, document, _ = fleet.up()
+    assert code == 0
+    assert {process.pid for process in fleet.engines()} == engines
+    code, document = fleet.status()
+    assert (code, document["controller"], document["run"]) == (0, "running", 1)
+
+
+def test_an_agent_killed_takes_its_engine_and_the_other_node_with_it(fleet):
+    fleet.up()
+    n2 = next(
+        p for p in fleet.processes() if p.cmdline()[-1] == "n2" and "agent" in str(p.cmdline())
+    )
+    n2.send_signal(signal.SIGKILL)
+    assert eventually(lambda: fleet.engines() == [], 15.0), "fenced within 15 s"
+    assert eventually(lambda: fleet.status()[1]["finished"], 30.0)
+    code, document = fleet.status()
+    assert code == 1
+    assert document["error"]["where"] == "node n2"
+    phases = {n["node"]: n["phase"] for n in document["replicas"][0]["nodes"]}
+    assert phases["n2"] == "lost"
+
+
+@pytest.mark.parametrize("victim", ["n1", "n2"])
+def test_an_engine_process_that_dies_takes_the_replica_down_and_is_named(fleet, victim):
+    fleet.up()
+    rank = "0" if victim == "n1" else "1"
+    process = next(
+        p for p in fleet.engines() if p.cmdline()[p.cmdline().index("--node-rank") + 1] == rank
+    )
+    process.send_signal(signal.SIGKILL)
+    assert eventually(lambda: fleet.engines() == [], 15.0)
+    assert eventually(lambda: fleet.status()[1]["finished"], 30.0)
+    code, document = fleet.status()
+    assert code == 1
+    assert document["error"]["where"] == f"node {victim}"
+    assert "killed by signal 9" in document["error"]["message"]
+    text = fleet.cli("status", "--fleet", fleet.name)
+    assert text.returncode == 1
+    assert victim in text.stdout
+    code, document, _ = fleet.up()
+    assert (code, document["run"], document["replicas"][0]["generation"]) == (0, 2, 2)
+
+
+def test_an_engine_that_exits_with_code_0_has_failed(fleet):
+    fleet.spec["env"] = {"FAKE_ENGINE_FAULT": "exit0"}
+    fleet.up()
+    assert eventually(lambda: fleet.status()[1]["finished"], 30.0)
+    code, document = fleet.status()
+    assert code == 1
+    assert "exited with code 0" in document["error"]["message"]
+
+
+def test_an_engine_that_crashes_at_start_shows_its_own_error_line(fleet):
+    fleet.spec["env"] = {"FAKE_ENGINE_FAULT": "crash"}
+    code, document, _ = fleet.up()
+    assert code == 1
+    assert "head size 7 is not supported" in document["error"]["message"]
+    logs = fleet.cli("logs", "--fleet", fleet.name)
+    first = logs.stdout.splitlines()[0]
+    assert document["error"]["where"].removeprefix("node ") in first
+
+
+def test_an_engine_that_never_answers_meets_its_deadline(fleet):
+    fleet.spec["env"] = {"FAKE_ENGINE_FAULT": "hang"}
+    fleet.spec["limits"]["start"] = "4s"
+    code, document, _ = fleet.up()
+    assert code == 4
+    assert "waited for the API server" in document["error"]["message"]
+
+
+def test_a_port_in_use_is_refused_with_exit_code_3_and_nothing_is_left(fleet):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.2", 0))
+        taken.listen()
+        fleet.spec["port"] = taken.getsockname()[1]
+        code, document, _ = fleet.up()
+    assert code == 3
+    assert str(fleet.spec["port"]) in document["error"]["message"]
+    assert document["error"]["where"].startswith("node n1")
+    assert fleet.processes() == []
+
+
+def test_ray_missing_from_the_engine_is_said_before_anything_starts(fleet, tmp_path):
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(fleet.spec["runtime"]["venv"], bare)
+    shutil.rmtree(bare / "lib/ray-2.60.0.dist-info")
+    (bare / "bin/ray").unlink()
+    fleet.spec.update(executor="ray", runtime={"venv": str(bare)})
+    code, document, _ = fleet.up()
+    assert code == 3
+    assert "Ray is not in the engine's environment" in document["error"]["message"]
+    assert "executor: mp" in document["error"]["hint"]
+
+
+def test_an_engine_environment_that_does_not_exist_is_refused(fleet):
+    fleet.spec["runtime"] = {"venv": "/nowhere/at all"}
+    code, document, _ = fleet.up()
+    assert code == 3
+    assert "vLLM is not in the engine's environment" in document["error"]["message"]
+
+
+def test_a_model_path_with_quotes_blanks_and_a_command_is_only_a_path(fleet, tmp_path):
+    marker = tmp_path / "executed"
+    odd = tmp_path / f'it\'s "a" model $(touch {marker.name})'
+    odd.mkdir()
+    (odd / "config.json").write_text("{}")
+    fleet.spec["model"] = str(odd)
+    code, document, _ = fleet.up()
+    assert code == 0
+    assert document["model"] == str(odd)
+    assert not marker.exists()
+    assert not (Path.cwd() / marker.name).exists()
+
+
+def test_what_render_writes_is_byte_for_byte_what_runs(fleet, tmp_path):
+    out = tmp_path / "out"
+    assert fleet.cli("render", "-f", fleet.file, "--out", str(out)).returncode == 0
+    fleet.up()
+    kept = fleet.state / fleet.name / "runs/1/rendered"
+    listed = {
+        file.relative_to(out): file.read_bytes() for file in out.rglob("*") if file.is_file()
+    }
+    assert listed == {
+        file.relative_to(kept): file.read_bytes() for file in kept.rglob("*") if file.is_file()
+    }
+    ran = fleet.state / fleet.name / "runs/1/r1.a1/nodes/n1/engine/serve.sh"
+    assert ran.read_bytes() == (out / "r1.a1/serve-mp.sh").read_bytes()
+
+
+def test_two_replicas_stand_side_by_side_and_one_keeps_serving_when_the_other_dies(fleet):
+    fleet.spec["replicas"] = 2
+    code, document, _ = fleet.up()
+    assert code == 0
+    ports = {replica["endpoint"] for replica in document["replicas"]}
+    assert len(ports) == 2
+    victim = next(p for p in fleet.engines() if "127.0.0.4" in p.cmdline())
+    victim.send_signal(signal.SIGKILL)
+    assert eventually(lambda: fleet.status()[1]["phase"] == "degraded", 20.0)
+    code, document = fleet.status()
+    assert code == 1
+    phases = {replica["name"]: replica["phase"] for replica in document["replicas"]}
+    assert phases["r1"] == "serving"
+    assert eventually(lambda: len(fleet.engines()) == 2)
+
+
+def test_a_wrong_fleet_name_lists_those_that_there_are(cli):
+    result = cli("status", "--fleet", "nope", "--json")
+    assert result.returncode == 2
+    assert "no fleet nope" in json.loads(result.stdout)["error"]["message"]
+
+
+def test_help_is_quick_to_import():
+    code = "import sys, launcher.cli.app; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    import sys
+
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    for heavy in ("pydantic", "paramiko", "fabric", "submitit", "yaml", "psutil", "httpx"):
+        assert f"'{heavy}'" not in loaded
