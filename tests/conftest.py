@@ -97,9 +97,8 @@ def cluster():
     if why:
         pytest.skip(why)
     bed.up(4)
-    for host in ("h1", "h2", "h3", "h4"):
-        bed.start(host)
-        bed.heal(host)
+    bed.clear()
+    bed.repair()
     return bed
 
 

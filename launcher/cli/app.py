@@ -168,9 +168,10 @@ def logs(
     """Show the engines' logs, the first failure first."""
     from launcher.cli import logs as command
 
-    raise typer.Exit(
-        command.logs(
-            _find(file, fleet), replica, node=node, follow=follow, lines=lines, as_json=as_json
+    paths = _find(file, fleet)
+    _watched(
+        lambda: command.logs(
+            paths, replica, node=node, follow=follow, lines=lines, as_json=as_json
         )
     )
 

@@ -1,5 +1,6 @@
 """The whole testbed: up, down, and the faults, as functions that tests and the CLI share."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -99,6 +100,31 @@ def heal(host: str) -> None:
 
 def slow(host: str, rate: str) -> None:
     hosts.slow(host, rate)
+
+
+def clear() -> None:
+    """End what an interrupted test run has left: its jobs, and processes below .testbed/tmp."""
+    if "slurmctld" in hosts.load().daemons:
+        run("scancel", "--state=RUNNING,PENDING", "--user=root", check=False)
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and int(folder.name) != os.getpid():
+            try:
+                words = (folder / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if f"{BED}/tmp/" in words:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(folder.name), signal.SIGKILL)
+
+
+def repair() -> None:
+    """Every host up, every link whole, every Slurm node idle."""
+    bed = hosts.load()
+    for host in names(bed.nodes):
+        start(host)
+        heal(host)
+    if "slurmctld" in bed.daemons:
+        services.wait_for_slurm(names(bed.nodes))
 
 
 def on(host: str, *command: str, user: str | None = None) -> list[str]:

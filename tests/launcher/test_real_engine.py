@@ -1,0 +1,120 @@
+"""Real vLLM and real Ray: pairwise over backend × executor × layout, and one greedy answer for all.
+
+The full product is in `make acceptance`. Layout: one rank per host, tensor 2 or pipeline 2.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, Cli
+from tests.launcher.fleets import FleetUnderTest, ask
+
+pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(420)]
+PAIRWISE = [
+    ("local", "mp", "tensor", "spawn"),
+    ("slurm", "ray", "pipeline", "fork"),
+    ("slurm", "mp", "tensor", "fork"),
+    ("ssh", "mp", "pipeline", "fork"),
+    ("ssh", "ray", "tensor", "fork"),
+]
+FULL = [
+    pytest.param(*case, "fork", marks=pytest.mark.acceptance)
+    for case in itertools.product(("local", "slurm", "ssh"), ("ray", "mp"), ("tensor", "pipeline"))
+    if (*case, "fork") not in PAIRWISE
+]
+ANSWERS: dict[str, str] = {}
+
+
+@pytest.fixture
+def engine_ready():
+    missing = [
+        p for p in (".venv/engine/bin/vllm", "models/tiny/config.json") if not (ROOT / p).exists()
+    ]
+    if missing:
+        pytest.fail(f"{', '.join(missing)} not there; run `make setup`")
+
+
+@pytest.mark.usefixtures("engine_ready", "bootstrapped")
+@pytest.mark.parametrize(("backend", "executor", "layout", "start"), [*PAIRWISE, *FULL])
+def test_two_hosts_serve_one_model_and_answer_the_same(
+    backend, executor, layout, start, shared_dir, shared_cli
+):
+    example = yaml.safe_load((ROOT / f"examples/{backend}.yaml").read_text())
+    del example["name"]
+    spec = {
+        **example,
+        "model": str(ROOT / "models/tiny"),
+        "runtime": {"venv": str(ROOT / ".venv/engine")},
+        "executor": executor,
+        "parallelism": {layout: 2},
+        "env": {**example["env"], "CPU_ENGINE_START_METHOD": start},
+    }
+    if backend == "ssh":
+        spec["backend"] = {"ssh": {"inventory": str(ROOT / ".testbed/inventory.yaml")}}
+    fleet = FleetUnderTest(shared_dir, shared_cli, f"e-{backend}-{executor}-{layout[0]}", spec)
+    try:
+        code, document = fleet.up("--nodes", "2", timeout=400)
+        assert code == 0, document["error"]
+        ANSWERS[f"{backend} {executor} {layout}"] = ask(document, tokens=16)
+        assert len(set(ANSWERS.values())) == 1, ANSWERS
+        _streams(document)
+    finally:
+        assert fleet.down() == 0
+
+
+def _streams(document: dict) -> None:
+    from openai import OpenAI
+
+    key = Path(document["api_key_file"]).read_text().strip()
+    client = OpenAI(base_url=document["endpoint"], api_key=key, max_retries=0, timeout=60)
+    names = {model.id for model in client.models.list()}
+    assert {document["fleet"], "tiny"} <= names
+    stream = client.chat.completions.create(
+        model=document["fleet"],
+        messages=[{"role": "user", "content": "Hello"}],
+        max_tokens=8,
+        stream=True,
+    )
+    assert sum(1 for part in stream if part.choices) >= 8
+
+
+@pytest.mark.usefixtures("engine_ready")
+def test_a_ray_worker_without_the_token_is_refused(shared_dir, cluster):
+    """Ray's token authentication is on: whoever lacks the file does not get in."""
+    state = shared_dir / "state"
+    cli = Cli({**os.environ, "LAUNCHER_STATE_DIR": str(state)}, shared_dir)
+    example = yaml.safe_load((ROOT / "examples/local.yaml").read_text())
+    spec = {
+        **example,
+        "model": str(ROOT / "models/tiny"),
+        "runtime": {"venv": str(ROOT / ".venv/engine")},
+    }
+    del spec["name"]
+    fleet = FleetUnderTest(shared_dir, cli, "e-token", spec)
+    try:
+        code, _ = fleet.up(timeout=300)
+        assert code == 0
+        assignment = json.loads(
+            (state / "e-token/runs/1/r1.a1/nodes/n1/assignment.json").read_text()
+        )
+        member = assignment["member"]
+        address = f"{member['leader_address']}:{member['ports']['rendezvous']}"
+        question = f"import ray; ray.init({address!r}); print('let in')"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        answer = subprocess.run(
+            [str(ROOT / ".venv/engine/bin/python"), "-c", question],
+            env={**environment, "HOME": str(shared_dir)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert "let in" not in answer.stdout
+        assert "uthenticat" in answer.stderr
+    finally:
+        fleet.down()
