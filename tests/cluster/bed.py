@@ -115,15 +115,18 @@ def clear() -> None:
             if f"{BED}/tmp/" in words:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(folder.name), signal.SIGKILL)
+    for host in names(hosts.load().nodes):
+        if hosts.alive(hosts.load().pids.get(host)):
+            run(*on(host, "sh", "-c", "rm -rf /tmp/fl-*"), check=False)
 
 
-def repair() -> None:
-    """Every host up, every link whole, every Slurm node idle."""
+def repair(*, wait_idle: bool = True) -> None:
+    """Every host up, every link whole, and (once its jobs are over) every Slurm node idle."""
     bed = hosts.load()
     for host in names(bed.nodes):
         start(host)
         heal(host)
-    if "slurmctld" in bed.daemons:
+    if wait_idle and "slurmctld" in bed.daemons:
         services.wait_for_slurm(names(bed.nodes))
 
 

@@ -43,8 +43,9 @@ def fleet(backend, shared_cli, shared_dir, fake_engine, shared_model, fleet_name
         },
     )
     yield made
-    bed.repair()
+    bed.repair(wait_idle=False)
     made.down()
+    bed.repair()
     assert engines(fleet_name) == {}
 
 

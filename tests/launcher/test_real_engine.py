@@ -1,4 +1,4 @@
-"""Real vLLM and real Ray: pairwise over backend × executor × layout, and one greedy answer for all.
+"""Real vLLM and real Ray: pairwise over backend × executor × layout, one greedy answer for all.
 
 The full product is in `make acceptance`. Layout: one rank per host, tensor 2 or pipeline 2.
 """
