@@ -127,6 +127,10 @@ def repair(*, wait_idle: bool = True) -> None:
         start(host)
         heal(host)
     if wait_idle and "slurmctld" in bed.daemons:
+        # After a cut slurmctld asks its slurmd again only minutes later; a boot registers at once.
+        for host in services.not_responding():
+            kill(host)
+            start(host)
         services.wait_for_slurm(names(bed.nodes))
 
 

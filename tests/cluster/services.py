@@ -184,6 +184,12 @@ def wait_for_slurm(hosts: list[str]) -> None:
     wait_for(idle, "all Slurm nodes to be idle", 60.0)
 
 
+def not_responding() -> set[str]:
+    """Hosts that Slurm takes for dead."""
+    rows = run("sinfo", "-h", "-N", "-o", "%N %T", check=False).stdout.splitlines()
+    return {row.split()[0] for row in rows if row.rstrip().endswith(("*", "down"))}
+
+
 def stop_daemons(bed: Bed) -> None:
     for name, pid in bed.daemons.items():
         if not alive(pid):

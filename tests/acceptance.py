@@ -1,0 +1,102 @@
+"""`make acceptance [ONLY=…]`: the full matrix with real engines and the benchmarks.
+
+Writes docs/acceptance.md (what passed, when, on which machine) and docs/measurements.md (tables).
+ONLY selects: `matrix`, `bench`, or a pytest -k expression for the matrix.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+
+def machine() -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1024**3
+    return f"{os.cpu_count()} cores, {memory} GiB, {platform.system()} {platform.release()}"
+
+
+def matrix(chosen: str) -> int:
+    """All engine tests, the acceptance-marked ones included; a table of what they did."""
+    report = ROOT / ".acceptance.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "engine or acceptance"]
+    command += ["-k", chosen] if chosen else []
+    code = subprocess.call([*command, f"--junitxml={report}"], cwd=ROOT)
+    rows = [
+        (case.get("name", ""), _outcome(case), float(case.get("time", "0")))
+        for case in ElementTree.parse(report).iter("testcase")
+    ]
+    report.unlink()
+    lines = [
+        f"# Acceptance, {_today()}",
+        "",
+        f"Machine: {machine()}. Repeat: `make acceptance`.",
+        "",
+    ]
+    lines += ["| test | outcome | seconds |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {outcome} | {seconds:.0f} |" for name, outcome, seconds in rows]
+    (DOCS / "acceptance.md").write_text("\n".join(lines) + "\n")
+    return code
+
+
+def benchmarks() -> int:
+    """Each benchmark once, its figures as a table with the command that repeats it."""
+    lines = [f"# Measurements, {_today()}", "", f"Machine: {machine()}.", ""]
+    bringup = _json("benchmarks/bringup.py")
+    lines += ["## From command to first token", "", "`python benchmarks/bringup.py`", ""]
+    lines += ["| executor | by hand, s | `launcher up`, s | ratio of medians | bound |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for executor, row in bringup["results"].items():
+        hand, ours = (", ".join(map(str, row[name])) for name in ("by_hand_s", "launcher_s"))
+        lines += [f"| {executor} | {hand} | {ours} | {row['ratio_of_medians']} | 1.10 |"]
+    command_line = _json("benchmarks/cli.py")
+    lines += ["", "## The command line", "", "`python benchmarks/cli.py`", ""]
+    lines += [
+        "| command | median, s | against | ratio | bound |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in command_line["rows"]:
+        lines += [
+            f"| {row['command']} | {row['median_s']} | {row['against']} | {row['ratio']} "
+            f"| {row['bound']} |"
+        ]
+    (DOCS / "measurements.md").write_text("\n".join(lines) + "\n")
+    return 0
+
+
+def _json(script: str) -> dict:
+    result = subprocess.run(
+        [sys.executable, script, "--json"], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    )
+    return json.loads(result.stdout)
+
+
+def _outcome(case: ElementTree.Element) -> str:
+    for kind in ("failure", "error", "skipped"):
+        if case.find(kind) is not None:
+            return kind
+    return "passed"
+
+
+def _today() -> str:
+    return time.strftime("%Y-%m-%d")
+
+
+def main() -> int:
+    only = sys.argv[1] if len(sys.argv) > 1 else ""
+    code = 0
+    if only != "bench":
+        code = matrix("" if only == "matrix" else only)
+    if only in ("", "bench"):
+        code = benchmarks() or code
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
