@@ -9,7 +9,7 @@ from launcher.paths import RunPaths
 from launcher.plan import Allocate, Assign, Down, Fail, Note, Plan, Release, Step
 from launcher.record import Failure, ReplicaRecord, RunRecord
 
-RELEASE_TRIES = 3
+RELEASE_TRIES = 2
 
 
 class Executor:

@@ -34,6 +34,7 @@ class Begun:
     paths: FleetPaths
     wish: Wish
     adopted: bool
+    since: float = 0.0  # an older status was left by a controller that is no more
 
 
 def begin(spec: FleetSpec, ground: Ground) -> Begun:
@@ -52,17 +53,16 @@ def begin(spec: FleetSpec, ground: Ground) -> Begun:
                 where="up",
                 hint=f"`launcher down --fleet {spec.name}` first, then up again.",
             )
-        ensure_driven(paths, current)
-        return Begun(paths, current, adopted=True)
+        return Begun(paths, current, adopted=True, since=ensure_driven(paths, current))
     ground.backend.close()
     run = next_run(paths)
     secretstore.provide(spec, paths.secrets)
     make_private(paths.run(run).root)
     write_document(paths.run(run).spec, spec)
     wish = write_wish(paths, run, "up")
-    ensure_driven(paths, wish)
+    since = ensure_driven(paths, wish)
     _rotate(paths, run)
-    return Begun(paths, wish, adopted=False)
+    return Begun(paths, wish, adopted=False, since=since)
 
 
 def end(paths: FleetPaths) -> Wish | None:
@@ -75,20 +75,25 @@ def end(paths: FleetPaths) -> Wish | None:
     return wish
 
 
-def ensure_driven(paths: FleetPaths, wish: Wish) -> None:
-    """Start a controller unless one lives."""
-    if not is_driven(paths):
-        start_controller(paths, wish.run)
+def ensure_driven(paths: FleetPaths, wish: Wish) -> float:
+    """Start a controller unless one lives; from when on its statuses count (0: all of them)."""
+    if is_driven(paths):
+        return 0.0
+    now = time.time()
+    start_controller(paths, wish.run)
+    return now
 
 
-def watch(paths: FleetPaths, wish: Wish) -> Iterator[Status | None]:
-    """The run's status again and again; a controller that died is started anew, some times.
+def watch(paths: FleetPaths, wish: Wish, since: float = 0.0) -> Iterator[Status | None]:
+    """The run's status again and again (none older than `since`); a dead controller is replaced.
 
     Ends when the run is over. Raises StateError when no controller stays alive.
     """
     starts, quiet_since = 0, time.monotonic()
     while True:
         status = read_status(paths, wish.run)
+        if status is not None and status.updated_at < since:
+            status = None
         yield status
         if status is not None and status.finished:
             return

@@ -10,6 +10,7 @@ import posixpath
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -23,7 +24,7 @@ import paramiko
 from inventory.model import Node, SshAddress
 from launcher.errors import FleetError, RemoteError, RemoteKind
 
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 8.0
 COMMAND_TIMEOUT_S = 60.0
 FILE_TIMEOUT_S = 5.0
 FAN_OUT_MAX = 32
@@ -253,18 +254,25 @@ class Fleet:
         logging.getLogger("paramiko").setLevel(logging.CRITICAL)
         self.hosts = {node.name: Host(node, ssh_config) for node in nodes}
         self._pool = ThreadPoolExecutor(FAN_OUT_MAX, thread_name_prefix="ssh")
+        self._unfinished: dict[str, Future[Any]] = {}
 
     def each(
         self, names: Iterable[str], do: Callable[[Host], T], deadline_s: float
     ) -> dict[str, T | RemoteError]:
         """`do` on every named host; an answer or the error, for each of them."""
-        futures: dict[str, Future[T]] = {
-            name: self._pool.submit(do, self.hosts[name]) for name in names
-        }
         answers: dict[str, T | RemoteError] = {}
+        futures: dict[str, Future[T]] = {}
+        for name in names:
+            before = self._unfinished.get(name)
+            if before is not None and not before.done():
+                # One question at a time to a host that hangs, or they would pile up behind it.
+                answers[name] = RemoteError("timeout", "has not answered yet", where=name)
+                continue
+            futures[name] = self._unfinished[name] = self._pool.submit(do, self.hosts[name])
+        deadline = time.monotonic() + deadline_s
         for name, future in futures.items():
             try:
-                answers[name] = future.result(timeout=deadline_s)
+                answers[name] = future.result(timeout=max(0.0, deadline - time.monotonic()))
             except RemoteError as error:
                 answers[name] = error
             except FutureTimeoutError:

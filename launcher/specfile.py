@@ -176,9 +176,12 @@ def _spec_error(error: ValidationError, origin: str, file: Path | None) -> SpecE
         hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(sorted(names))}."
         return SpecError(f"unknown key {key}", where=where, hint=hint)
     if first["type"] == "missing":
-        return SpecError(
-            f"{key} is missing", where=where, hint=f"Write `{key}:` or give --{location[-1]}."
-        )
+        missing = {str(p["loc"][0]) for p in problems if p["type"] == "missing"}
+        if "model" in missing:  # the name would follow from it
+            hint = f"Give --model, or name a spec with -f (there is no ./{DEFAULT_FILE})."
+            return SpecError("no model is named", where=where, hint=hint)
+        flag = "--fleet" if key == "name" else f"--{location[-1]}"
+        return SpecError(f"{key} is missing", where=where, hint=f"Write `{key}:` or give {flag}.")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "string_pattern_mismatch" and key == "name":
         message = "use lower-case letters, digits and -, at most 40"

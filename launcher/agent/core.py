@@ -118,6 +118,7 @@ class Agent:
 
     def _take(self, new: Assignment) -> None:
         self.assignment = new
+        self.heart.controller_heard_at = time.monotonic()  # a new order is a sign of life, too
         if new.goal != "stopped":
             self.evidence = None
         if new.peers:

@@ -147,8 +147,14 @@ class SshHosts:
     def assign(self, allocation: Allocation, node: str, assignment: Assignment) -> None:
         if node in self._resting:
             raise RemoteError("unreachable", self._resting[node][1], where=node)
-        path = f"{self._base(allocation, node)}/nodes/{node}/assignment.json"
-        self.fleet().hosts[node].write(path, assignment.model_dump_json(indent=1).encode())
+
+        def write(host: Host) -> None:
+            path = f"{self._base(allocation, node)}/nodes/{node}/assignment.json"
+            host.write(path, assignment.model_dump_json(indent=1).encode())
+
+        answer = self.fleet().each([node], write, LOOK_DEADLINE_S)[node]
+        if isinstance(answer, RemoteError):
+            raise answer
 
     def release(self, allocation: Allocation) -> None:
         """Keep the logs, sweep what is left, remove the folder. Hosts that are away are named."""

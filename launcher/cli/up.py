@@ -73,7 +73,7 @@ def down(paths: FleetPaths, *, as_json: bool) -> int:
 
 
 def _first_status(begun: fleets.Begun) -> Status:
-    for status in fleets.watch(begun.paths, begun.wish):
+    for status in fleets.watch(begun.paths, begun.wish, begun.since):
         if status is not None:
             return status
     raise DeadlineError("the controller wrote no status", where=str(begun.paths.status))
@@ -81,7 +81,7 @@ def _first_status(begun: fleets.Begun) -> Status:
 
 def _watch_until_settled(begun: fleets.Begun) -> Status:
     with Progress(f"bringing up {begun.paths.root.name}") as progress:
-        for status in fleets.watch(begun.paths, begun.wish):
+        for status in fleets.watch(begun.paths, begun.wish, begun.since):
             if status is None:
                 continue
             progress.update(status)

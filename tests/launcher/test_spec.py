@@ -76,7 +76,7 @@ def test_a_name_is_made_from_the_model_when_there_is_no_file(tmp_path, monkeypat
         ("name: 'a\\nb'\nmodel: m\n", 1, "name"),
         ("model: x\nname: [\n", 3, "not YAML"),
         ("- a\n", None, "no keys"),
-        ("name: chat\n", None, "model is missing"),
+        ("name: chat\n", None, "no model is named"),
     ],
 )
 def test_a_wrong_spec_is_refused_with_file_line_and_reason(tmp_path, text, line, told):
