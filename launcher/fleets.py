@@ -65,6 +65,12 @@ def begin(spec: FleetSpec, ground: Ground) -> Begun:
     return Begun(paths, wish, adopted=False, since=since)
 
 
+def is_up(paths: FleetPaths) -> bool:
+    """Whether there is a run that `up` would join."""
+    current = read_wish(paths)
+    return current is not None and current.desired == "up" and not _is_over(paths, current)
+
+
 def end(paths: FleetPaths) -> Wish | None:
     """Wish the fleet down; None where nothing is left to end."""
     current = read_wish(paths)

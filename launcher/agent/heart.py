@@ -66,8 +66,11 @@ class Heart(threading.Thread):
             self._peers = {}
 
     def set_serving(self) -> None:
+        """A token went through all ranks, so every peer was there, heard by us yet or not."""
         with self._lock:
             self._serving = self._scope is not None
+            for _, lease in self._peers.values():
+                lease.held_once = True
 
     def leader_serves(self) -> bool:
         """Whether the leader has answered that a token was generated."""

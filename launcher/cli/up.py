@@ -26,7 +26,8 @@ def up(file: Path | None, flags: dict[str, Any], *, wait: bool, as_json: bool) -
     spec = loaded.spec
     check_model_folder(spec)
     paths = FleetPaths.of(spec.name)
-    ground = make_ground(spec, paths, check=True)
+    # A run that is there is joined, also while a host of it is away.
+    ground = make_ground(spec, paths, check=not fleets.is_up(paths))
     output.say(screens.plan_screen(ground))
     begun = fleets.begin(spec, ground)
     output.say(f"{'joined' if begun.adopted else 'started'} run {begun.wish.run} of {spec.name}")

@@ -357,8 +357,19 @@ class TestSshRefuses:
         assert "bootstrap" in document["error"]["hint"]
 
 
+@pytest.fixture
+def users_python(shared_dir):
+    """launcher for every user of the machine: a venv of the system's Python over our packages."""
+    folder = shared_dir / "venv"
+    subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", str(folder)], check=True)
+    site = next((folder / "lib").glob("python3*/site-packages"))
+    ours = next(Path(path) for path in sys.path if path.endswith("site-packages"))
+    (site / "ours.pth").write_text(f"{ROOT}\n{ours}\n")
+    return folder / "bin/python"
+
+
 def test_two_users_on_the_same_hosts_do_not_touch_each_other(
-    cluster, fake_engine, shared_model, shared_dir
+    cluster, fake_engine, shared_model, shared_dir, users_python
 ):
     """Processes, ports, folders: whoever goes down leaves the other serving."""
     shared_dir.chmod(0o755)
@@ -371,23 +382,27 @@ def test_two_users_on_the_same_hosts_do_not_touch_each_other(
             f"parallelism: {{pipeline: 2}}\nruntime: {{venv: {fake_engine}}}\n"
             "limits: {drain: 5s}\nbackend: {slurm: {partition: gpu, gpu_option: none}}\n"
         )
-        documents[user] = json.loads(_as_user(user, "up", "-f", str(spec), "--json").stdout)
+        documents[user] = json.loads(
+            _as_user(users_python, user, "up", "-f", str(spec), "--json").stdout
+        )
         assert documents[user]["error"] is None, documents[user]
     try:
         assert documents["lta"]["endpoint"] != documents["ltb"]["endpoint"]
         hosts = [[n["node"] for n in d["replicas"][0]["nodes"]] for d in documents.values()]
         assert hosts == [["h1", "h2"], ["h1", "h2"]], "the point is to share hosts"
-        assert _as_user("lta", "down", "--fleet", "same").returncode == 0
+        assert _as_user(users_python, "lta", "down", "--fleet", "same").returncode == 0
         assert not [p for p in _processes_of("lta") if "fake_" in p or "launcher" in p]
-        status = json.loads(_as_user("ltb", "status", "--fleet", "same", "--json").stdout)
+        status = json.loads(
+            _as_user(users_python, "ltb", "status", "--fleet", "same", "--json").stdout
+        )
         assert status["phase"] == "serving"
     finally:
         for user in ("lta", "ltb"):
-            _as_user(user, "down", "--fleet", "same")
+            _as_user(users_python, user, "down", "--fleet", "same")
     assert not [p for p in _processes_of("ltb") if "fake_" in p or "launcher" in p]
 
 
-def _as_user(user: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _as_user(python: Path, user: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             "runuser",
@@ -399,7 +414,7 @@ def _as_user(user: str, *arguments: str) -> subprocess.CompletedProcess[str]:
             f"HOME=/home/{user}",
             f"USER={user}",
             "PATH=/usr/bin:/bin:/usr/sbin",
-            sys.executable,
+            str(python),
             "-m",
             "launcher",
             *arguments,

@@ -58,6 +58,18 @@ def test_before_the_first_answer_nothing_is_lost():
     assert not lease.is_lost
 
 
+def test_a_peer_that_served_with_us_is_lost_also_if_it_was_never_heard():
+    """An engine that is up in half a second serves before the second question is asked."""
+    lease = Lease("r1/g1")
+    lease.asked(b"0", 0.0)
+    lease.answered(answer(b"0", Kind.GONE), 0.1)
+    lease.held_once = True  # what Heart.set_serving does
+    for second in range(1, 4):
+        lease.asked(b"%d" % second, float(second))
+    lease.count_misses(4.3)
+    assert lease.is_lost
+
+
 def test_a_peer_that_says_it_is_gone_is_lost_at_once():
     lease = lease_held()
     lease.asked(b"1", 1.0)
