@@ -20,6 +20,7 @@ class Executor:
         self._paths = paths
         self._journal = Journal(paths.journal)
         self.record = record
+        self._failed_step: Step | None = None
 
     def apply(self, plan: Plan, now: float) -> None:
         stuck: set[str] = set()
@@ -31,11 +32,16 @@ class Executor:
                 continue
             before = self.record
             self._save(remember(self.record, step, now))
-            self._journal.write(type(step).__name__.lower(), **_details(step))
+            again = step == self._failed_step
+            if not again:
+                self._journal.write(type(step).__name__.lower(), **_details(step))
             try:
                 self._act(step)
             except FleetError as error:
-                self._journal.write("failed", step=type(step).__name__.lower(), error=str(error))
+                if not again:  # the same step failing each round is told once
+                    name = type(step).__name__.lower()
+                    self._journal.write("failed", step=name, error=str(error))
+                self._failed_step = step
                 if isinstance(step, Allocate):
                     failure = _failure_of(error, now)
                     self._save(remember(self.record, Fail(step.replica, failure), now))

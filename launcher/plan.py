@@ -289,10 +289,12 @@ def _plan_watch(
 def _plan_down(replica: ReplicaRecord, view: ReplicaView, now: float, drain_s: int) -> _Result:
     """Every agent told to stop; the allocation given back when all have, or cannot be asked."""
     waited = now - (replica.stopping_at or now)
+    patience_s = STOP_CONFIRM_S + (0 if replica.failure else drain_s)
     unordered = [
         node
         for node in replica.nodes
         if replica.allocation
+        and waited < patience_s  # a node that cannot be told is fenced by its lease meanwhile
         and not _ordered_to_stop(replica, node)
         and node in view.nodes
         and not is_lost(view.nodes[node])
@@ -318,7 +320,7 @@ def _plan_down(replica: ReplicaRecord, view: ReplicaView, now: float, drain_s: i
         and report.phase != "stopped"
         and not is_lost(view.nodes[node])
     ]
-    if running and waited < STOP_CONFIRM_S + drain_s and view.allocation.state != "gone":
+    if running and waited < patience_s and view.allocation.state != "gone":
         failure = first_failure(replica, view, now)
         if replica.failure and failure and failure.message != replica.failure.message:
             if waited < ATTRIBUTION_S:  # the story may become clearer while reports come in

@@ -273,6 +273,15 @@ def test_a_node_that_cannot_be_asked_does_not_hold_down_for_ever():
     assert only(plan(context, record, snapshot(h1, h2, desired="down")), Release)
 
 
+def test_a_node_that_was_never_seen_does_not_hold_down_either():
+    """A controller that took over while a host was away has no report of it at all."""
+    context = make_context()
+    stopped = {"h1": Assignment(revision=3, goal="stopped")}
+    record = begun(context, assignments=stopped, intent="down", stopping_at=NOW - 60)
+    h1, h2 = view("h1", report("h1", "stopped")), view("h2", None, problem="no route")
+    assert only(plan(context, record, snapshot(h1, h2, desired="down")), Release)
+
+
 def test_a_plan_that_breaks_a_rule_is_named_by_the_linter():
     context = make_context()
     record = ranked(context)
