@@ -257,7 +257,7 @@ def _plan_preflight(
                 at=now,
             )
             return [Fail(replica.name, failure)], []
-        return [], [f"a network path ({chosen.message})"]
+        return [], ["the nodes to hear each other over the network"]
     steps = _rank(context, replica, reports, chosen)
     return [
         *steps,

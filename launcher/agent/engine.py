@@ -64,7 +64,7 @@ class Engine:
     _started_at: float = 0.0
     _stop_at: float | None = None
     _stop_grace_s: float = 0.0
-    _segments: set[str] = field(default_factory=set)
+    _segments: set[int] = field(default_factory=set)
     _scanned_at: float = 0.0
     _guard: socket.socket | None = None
     _told: set[str] = field(default_factory=set)

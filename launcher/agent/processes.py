@@ -142,43 +142,51 @@ def kill_all(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def segments_of(processes: list[psutil.Process]) -> set[str]:
-    """Files in /dev/shm that these processes have mapped: theirs to leave behind when killed."""
+def segments_of(processes: list[psutil.Process]) -> set[int]:
+    """Inodes in /dev/shm that these processes have mapped: theirs to leave behind when killed.
+
+    By inode, for a named semaphore is mapped under the name that it had before it was linked.
+    """
     found = set()
     for process in processes:
         with contextlib.suppress(OSError):
             with open(f"/proc/{process.pid}/maps", encoding="utf-8", errors="replace") as maps:
                 for row in maps:
-                    _, slash, name = row.rstrip("\n").partition("/dev/shm/")
-                    if slash and not name.endswith(" (deleted)"):
-                        found.add(name)
+                    fields = row.split(maxsplit=5)
+                    if len(fields) == 6 and fields[5].startswith("/dev/shm/"):
+                        found.add(int(fields[4]))
     return found
 
 
-def remove_segments(names: set[str]) -> list[str]:
+def remove_segments(inodes: set[int]) -> list[str]:
     """Remove those of the segments that are ours and that nobody maps any more."""
-    still_mapped: set[str] = set()
-    owned = {
-        name
-        for name in names
-        if "/" not in name and name not in ("", ".", "..") and _owned(Path("/dev/shm") / name)
-    }
-    if owned:
-        mine = [p for p in psutil.process_iter() if _status(p) != psutil.STATUS_ZOMBIE]
-        still_mapped = segments_of(mine)
+    owned = {path: inode for path in _segments() if (inode := _own_inode(path)) in inodes}
+    if not owned:
+        return []
+    alive = [p for p in psutil.process_iter() if _status(p) != psutil.STATUS_ZOMBIE]
+    still_mapped = segments_of(alive)
     removed = []
-    for name in sorted(owned - still_mapped):
-        with contextlib.suppress(OSError):
-            (Path("/dev/shm") / name).unlink()
-            removed.append(name)
+    for path, inode in owned.items():
+        if inode not in still_mapped:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                removed.append(path.name)
     return removed
 
 
-def _owned(path: Path) -> bool:
+def _segments() -> list[Path]:
     try:
-        return path.lstat().st_uid == os.getuid()
+        return list(Path("/dev/shm").iterdir())
     except OSError:
-        return False
+        return []
+
+
+def _own_inode(path: Path) -> int | None:
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_ino if found.st_uid == os.getuid() else None
 
 
 def _status(process: psutil.Process) -> str | None:

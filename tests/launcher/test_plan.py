@@ -185,7 +185,7 @@ def test_nodes_that_do_not_reach_each_other_get_no_rank():
     seen = snapshot(view("h1", report("h1", reach={})), view("h2", report("h2")))
     made = plan(context, checked(context), seen)
     assert made.steps == ()
-    assert "network path" in made.waiting_for[0]
+    assert "hear each other" in made.waiting_for[0]
 
 
 def serving(**changes):
