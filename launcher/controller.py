@@ -32,6 +32,8 @@ from launcher.status import Status, StatusError, make_status
 from launcher.verdicts import endpoint_of, replica_phase
 from launcher.wish import Driver, Wish, read_record, read_wish, take_the_wheel
 
+# Until ranks are given every wait of ours delays the engine; afterwards the engine is waited for.
+STARTING_TURN_S = 0.15
 BUSY_TURN_S = 0.5
 CALM_TURN_S = 1.0
 STATUS_EVERY_S = 5.0
@@ -76,8 +78,7 @@ class Controller:
         observer = Observer(ground.backend, pulse)
         try:
             while not self._ordered_to_end and not self._round(ground, executor, observer):
-                calm = self._last_status is not None and self._last_status.phase == "serving"
-                self._woken.wait(CALM_TURN_S if calm else BUSY_TURN_S)
+                self._woken.wait(self._turn_s(executor.record))
                 self._woken.clear()
         finally:
             pulse.stop()
@@ -102,6 +103,12 @@ class Controller:
         executor.apply(plan, snapshot.now)
         self._write_status(executor.record, snapshot, plan)
         return plan.finished
+
+    def _turn_s(self, record: RunRecord) -> float:
+        if self._last_status is not None and self._last_status.phase == "serving":
+            return CALM_TURN_S
+        waiting = any(r.running_at and not r.ranked_at for r in record.replicas.values())
+        return STARTING_TURN_S if waiting else BUSY_TURN_S
 
     def _allocations(self, ground: Ground, record: RunRecord) -> dict[str, Allocation]:
         return {

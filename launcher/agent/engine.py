@@ -26,7 +26,7 @@ from launcher.ports import to_check
 
 FENCE_GRACE_S = 5.0
 LOG_READ_BYTES = 4 * 1024 * 1024
-SEGMENT_SCAN_S = 2.0
+SEGMENT_SCAN_S = 5.0
 
 
 @dataclass(frozen=True)

@@ -151,10 +151,9 @@ def segments_of(processes: list[psutil.Process]) -> set[int]:
     for process in processes:
         with contextlib.suppress(OSError):
             with open(f"/proc/{process.pid}/maps", encoding="utf-8", errors="replace") as maps:
-                for row in maps:
-                    fields = row.split(maxsplit=5)
-                    if len(fields) == 6 and fields[5].startswith("/dev/shm/"):
-                        found.add(int(fields[4]))
+                for row in maps:  # thousands for an engine: look before splitting
+                    if " /dev/shm/" in row:
+                        found.add(int(row.split(maxsplit=5)[4]))
     return found
 
 
