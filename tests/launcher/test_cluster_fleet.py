@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -357,29 +358,41 @@ class TestSshRefuses:
         assert "bootstrap" in document["error"]["hint"]
 
 
+BIG = ("mypy*", "ruff*", "hypothesis*", "openai*", "cryptography*", "pip*", "setuptools*")
+
+
 @pytest.fixture
-def users_python(shared_dir):
-    """launcher for every user of the machine: a venv of the system's Python over our packages."""
-    folder = shared_dir / "venv"
-    subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", str(folder)], check=True)
-    site = next((folder / "lib").glob("python3*/site-packages"))
+def public_dir(cluster, fake_engine):
+    """What every user of the machine may read, wherever this checkout lies: model, fake engine,
+    and launcher in a venv of the system's Python. On the file system that all hosts share."""
+    folder = Path(f"/var/tmp/launcher-tests-{os.getpid()}")
+    folder.mkdir(mode=0o755)
+    shutil.copytree(fake_engine, folder / "engine")
+    (folder / "model").mkdir()
+    (folder / "model/config.json").write_text("{}")
+    subprocess.run(
+        ["/usr/bin/python3", "-m", "venv", "--without-pip", str(folder / "venv")], check=True
+    )
+    site = next((folder / "venv/lib").glob("python3*/site-packages"))
     ours = next(Path(path) for path in sys.path if path.endswith("site-packages"))
-    (site / "ours.pth").write_text(f"{ROOT}\n{ours}\n")
-    return folder / "bin/python"
+    left_out = shutil.ignore_patterns(*BIG, "__pycache__", "__editable__*")
+    shutil.copytree(ours, site, dirs_exist_ok=True, ignore=left_out)
+    for package in ("launcher", "health", "inventory", "sbatch_templates"):
+        shutil.copytree(ROOT / package, site / package, ignore=left_out)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_two_users_on_the_same_hosts_do_not_touch_each_other(
-    cluster, fake_engine, shared_model, shared_dir, users_python
-):
+def test_two_users_on_the_same_hosts_do_not_touch_each_other(public_dir):
     """Processes, ports, folders: whoever goes down leaves the other serving."""
-    shared_dir.chmod(0o755)
+    users_python = public_dir / "venv/bin/python"
     documents = {}
     for user in ("lta", "ltb"):
         home = Path("/home") / user
         spec = home / "fleet.yaml"
         spec.write_text(
-            f"name: same\nmodel: {shared_model}\nnodes: 2\ngpus_per_node: 1\nexecutor: ray\n"
-            f"parallelism: {{pipeline: 2}}\nruntime: {{venv: {fake_engine}}}\n"
+            f"name: same\nmodel: {public_dir}/model\nnodes: 2\ngpus_per_node: 1\nexecutor: ray\n"
+            f"parallelism: {{pipeline: 2}}\nruntime: {{venv: {public_dir}/engine}}\n"
             "limits: {drain: 5s}\nbackend: {slurm: {partition: gpu, gpu_option: none}}\n"
         )
         documents[user] = json.loads(
