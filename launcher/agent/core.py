@@ -29,6 +29,7 @@ from launcher.files import make_private, read_document, write_document
 from launcher.paths import BasePaths
 
 TURN_S = 0.2
+WAITING_TURN_S = 0.05  # while an order is awaited, every wait of ours delays the engine
 BEAT_S = 5.0
 ASSIGNMENT_POLL_S = 0.5
 LOCK_WITHIN_S = 2.0
@@ -78,7 +79,7 @@ class Agent:
             signal.signal(number, self._on_signal)
         self.heart.start()
         while not self._turn():
-            self.heart.woken.wait(TURN_S)
+            self.heart.woken.wait(TURN_S if self.engine else WAITING_TURN_S)
             self.heart.woken.clear()
         self.heart.stop()
 
@@ -97,7 +98,7 @@ class Agent:
     def _read_assignment(self) -> None:
         now = time.monotonic()
         hinted = self.heart.assignment_hint > (self.assignment.revision if self.assignment else 0)
-        if not hinted and now - self._looked_at < ASSIGNMENT_POLL_S:
+        if self.engine and not hinted and now - self._looked_at < ASSIGNMENT_POLL_S:
             return
         self._looked_at = now
         try:

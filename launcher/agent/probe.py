@@ -6,7 +6,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-POLL_S = 0.25
+POLL_S = 0.1
 TOKEN_TIMEOUT_S = 60.0
 
 
