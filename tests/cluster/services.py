@@ -14,6 +14,9 @@ USERS = ("lta", "ltb")
 GPUS = 8
 SLURM_FOLDER = Path("/etc/slurm")
 MARK = "# launcher testbed"
+# Not below the checkout: slurmd runs a user's batch script from here, and the checkout may lie
+# where only its owner can enter.
+SPOOL = Path("/var/tmp/launcher-testbed")
 
 
 def write_sshd(hosts: list[str]) -> None:
@@ -90,8 +93,8 @@ def write_slurm(hosts: list[str]) -> None:
     if existing.exists() and MARK not in existing.read_text():
         raise RuntimeError(f"{existing} belongs to another cluster; the testbed leaves it alone")
     SLURM_FOLDER.mkdir(exist_ok=True)
-    spool = BED / "slurm"
-    spool.mkdir(exist_ok=True)
+    spool = SPOOL
+    spool.mkdir(mode=0o755, exist_ok=True)
     for index in range(GPUS):
         device = Path(f"/dev/fgpu{index}")
         if not device.exists():
@@ -199,6 +202,7 @@ def stop_daemons(bed: Bed) -> None:
 
 
 def remove_slurm_files() -> None:
+    shutil.rmtree(SPOOL, ignore_errors=True)
     for name in ("slurm.conf", "gres.conf", "cgroup.conf"):
         path = SLURM_FOLDER / name
         if path.exists() and MARK in path.read_text():

@@ -23,6 +23,14 @@ def fleet(tmp_path, cli, fake_engine, model_folder, fleet_name, state_dir):
     assert made.processes() == []
 
 
+def words_of(process: psutil.Process) -> list[str]:
+    """Its command line; empty (but for one word) when it has ended meanwhile."""
+    try:
+        return process.cmdline() or [""]
+    except psutil.Error:
+        return [""]
+
+
 class LocalFleet:
     def __init__(self, folder, cli, engine, model, name, state):
         self.folder, self.cli, self.name, self.state = folder, cli, name, state
@@ -68,7 +76,7 @@ class LocalFleet:
         return found
 
     def engines(self) -> list[psutil.Process]:
-        return [p for p in self.processes() if any("fake_" in w for w in p.cmdline())]
+        return [p for p in self.processes() if any("fake_" in word for word in words_of(p))]
 
 
 def eventually(observe, timeout_s=20.0):
@@ -110,7 +118,7 @@ def test_no_secret_is_in_an_argument_a_script_or_a_log(fleet):
     _, document, _ = fleet.up()
     secrets = [f.read_text().strip() for f in (fleet.state / fleet.name / "secrets").iterdir()]
     assert len(secrets) == 3
-    words = "\n".join(" ".join(process.cmdline()) for process in fleet.processes())
+    words = "\n".join(" ".join(words_of(process)) for process in fleet.processes())
     written = "\n".join(
         file.read_text(errors="replace")
         for file in fleet.state.rglob("*")
@@ -144,7 +152,7 @@ def test_the_cli_killed_in_the_middle_of_up_leaves_one_fleet_that_the_next_up_jo
     code, document, _ = fleet.up()
     assert code == 0
     assert document["run"] == 1
-    assert len([p for p in fleet.engines() if "serve" in p.cmdline()]) == 2
+    assert len([p for p in fleet.engines() if "serve" in words_of(p)]) == 2
 
 
 def test_ctrl_c_stops_watching_and_not_the_fleet(fleet):
@@ -177,7 +185,7 @@ def test_a_killed_controller_is_replaced_and_adopts_what_runs(fleet):
 def test_an_agent_killed_takes_its_engine_and_the_other_node_with_it(fleet):
     fleet.up()
     n2 = next(
-        p for p in fleet.processes() if p.cmdline()[-1] == "n2" and "agent" in str(p.cmdline())
+        p for p in fleet.processes() if words_of(p)[-1] == "n2" and "agent" in str(words_of(p))
     )
     n2.send_signal(signal.SIGKILL)
     assert eventually(lambda: fleet.engines() == [], 15.0), "fenced within 15 s"
@@ -194,7 +202,7 @@ def test_an_engine_process_that_dies_takes_the_replica_down_and_is_named(fleet, 
     fleet.up()
     rank = "0" if victim == "n1" else "1"
     process = next(
-        p for p in fleet.engines() if p.cmdline()[p.cmdline().index("--node-rank") + 1] == rank
+        p for p in fleet.engines() if words_of(p)[words_of(p).index("--node-rank") + 1] == rank
     )
     process.send_signal(signal.SIGKILL)
     assert eventually(lambda: fleet.engines() == [], 15.0)
@@ -306,7 +314,7 @@ def test_two_replicas_stand_side_by_side_and_one_keeps_serving_when_the_other_di
     assert code == 0
     ports = {replica["endpoint"] for replica in document["replicas"]}
     assert len(ports) == 2
-    victim = next(p for p in fleet.engines() if "127.0.0.4" in p.cmdline())
+    victim = next(p for p in fleet.engines() if "127.0.0.4" in words_of(p))
     victim.send_signal(signal.SIGKILL)
     assert eventually(lambda: fleet.status()[1]["phase"] == "degraded", 20.0)
     code, document = fleet.status()
