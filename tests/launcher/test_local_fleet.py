@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
@@ -13,6 +12,7 @@ import yaml
 
 from launcher.paths import FleetPaths
 from launcher.wish import is_driven
+from tests.launcher.fleets import eventually
 
 
 @pytest.fixture
@@ -77,15 +77,6 @@ class LocalFleet:
 
     def engines(self) -> list[psutil.Process]:
         return [p for p in self.processes() if any("fake_" in word for word in words_of(p))]
-
-
-def eventually(observe, timeout_s=20.0):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if observe():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 @pytest.mark.parametrize("executor", ["mp", "ray"])
