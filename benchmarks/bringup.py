@@ -75,6 +75,7 @@ def by_hand(executor: str, start: str, scratch: Path) -> float:
         "TMPDIR": str(scratch),
     }
     children: list[subprocess.Popen[bytes]] = []
+    segments = set(Path("/dev/shm").iterdir())
 
     def run(node: int, *command: str, **more: str) -> subprocess.Popen[bytes]:
         log = (scratch / f"{len(children)}.log").open("wb")
@@ -144,6 +145,8 @@ def by_hand(executor: str, start: str, scratch: Path) -> float:
         return time.monotonic() - began
     finally:
         end(children, scratch)
+        for segment in set(Path("/dev/shm").iterdir()) - segments:  # a killed engine leaves them
+            segment.unlink(missing_ok=True)
 
 
 def end(children: list[subprocess.Popen[bytes]], scratch: Path) -> None:
