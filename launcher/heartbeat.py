@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 PERIOD_S = 1.0
+JOINING_PERIOD_S = 0.2  # a peer that has not read its assignment yet is asked again soon
 ANSWER_WITHIN_S = 1.2
 MISSES_MAX = 3  # lost 3 × 1.2 s after the last answer's question: 4.6 s at most (bound: 5 s)
 CONTROLLER = ""  # the scope of the controller's questions
@@ -80,9 +81,18 @@ class Lease:
     misses: int = 0
     answered_at: float | None = None
     peer_revision: int = 0
+    asked_at: float | None = None
     _asked: dict[bytes, float] = field(default_factory=dict)
 
+    def is_due(self, now: float) -> bool:
+        """Whether to ask again: each second, and sooner until the peer is a member for the first
+        time, so that there is hardly a moment in which we serve together and nobody watches."""
+        joining = not self.held_once and not self._asked
+        period_s = JOINING_PERIOD_S if joining else PERIOD_S
+        return self.asked_at is None or now - self.asked_at >= period_s
+
     def asked(self, nonce: bytes, now: float) -> None:
+        self.asked_at = now
         self._asked[nonce] = now
 
     def answered(self, message: Message, now: float) -> bool:
@@ -109,4 +119,6 @@ class Lease:
 
     @property
     def is_lost(self) -> bool:
-        return self.gone or (self.held_once and self.misses >= MISSES_MAX)
+        # A peer was given to us because its agent had reported, so that silence is a loss from
+        # the first question on, whether it has become a member already or not.
+        return self.gone or self.misses >= MISSES_MAX

@@ -14,6 +14,8 @@ from launcher.documents import Peer
 from launcher.heartbeat import Kind, Lease, Message
 from launcher.line import Line
 
+LOOK_S = 0.1  # at most this late for a question that is due
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -25,7 +27,7 @@ class Loss:
 
 
 class Heart(threading.Thread):
-    """Answers questions about our own scope and asks peers about theirs, each second."""
+    """Answers questions about our own scope, and asks peers about theirs when they are due."""
 
     def __init__(self, token: bytes, address: str, on_loss: Callable[[Loss], None]) -> None:
         super().__init__(name="heart", daemon=True)
@@ -34,7 +36,6 @@ class Heart(threading.Thread):
         self.port = self._line.port
         self._lock = threading.Lock()
         self._stopping = threading.Event()
-        self._ask_now = threading.Event()
         self.woken = threading.Event()
         self._scope: str | None = None
         self._serving = False
@@ -83,7 +84,7 @@ class Heart(threading.Thread):
         with self._lock:
             self._reach_targets = peers
             self.reach = {peer.node: set() for peer in peers}
-            self._ask_now.set()
+        self._ask_reach()
 
     def reach_found(self) -> dict[str, tuple[str, ...]]:
         with self._lock:
@@ -93,19 +94,19 @@ class Heart(threading.Thread):
         self._stopping.set()
 
     def run(self) -> None:
-        next_ask = time.monotonic()
+        reach_asked_at = time.monotonic()
         while not self._stopping.is_set():
-            self._line.wait(min(0.2, next_ask - time.monotonic()))
+            self._line.wait(LOOK_S)
             for message, sender in self._line.received():
                 if message.kind is Kind.ASK:
                     self._answer(message, sender)
                 else:
                     self._take_answer(message)
             now = time.monotonic()
-            if now >= next_ask or self._ask_now.is_set():
-                self._ask_now.clear()
-                self._ask_all(now)
-                next_ask = now + heartbeat.PERIOD_S
+            self._ask_peers(now)
+            if now - reach_asked_at >= heartbeat.PERIOD_S:
+                self._ask_reach()
+                reach_asked_at = now
             self._judge(now)
         self._line.close()
 
@@ -139,26 +140,30 @@ class Heart(threading.Thread):
                 if lease.answered(message, now):
                     return
 
-    def _ask_all(self, now: float) -> None:
+    def _ask_peers(self, now: float) -> None:
         with self._lock:
             questions = []
             for target, lease in self._peers.values():
-                nonce = secrets.token_bytes(8)
-                lease.asked(nonce, now)
-                questions.append((nonce, heartbeat.scope_bytes(lease.scope), target))
-            missing = [
-                (peer, address)
-                for peer in self._reach_targets
-                for address in peer.addresses
-                if address not in self.reach.get(peer.node, set())
-            ]
+                if lease.is_due(now):
+                    nonce = secrets.token_bytes(8)
+                    lease.asked(nonce, now)
+                    questions.append((nonce, heartbeat.scope_bytes(lease.scope), target))
+        self._send(questions)
+
+    def _ask_reach(self) -> None:
+        scope = heartbeat.scope_bytes(heartbeat.REACH)
+        with self._lock:
             if len(self._reach_asked) > 10_000:
                 self._reach_asked.clear()
-            for peer, address in missing:
-                nonce = secrets.token_bytes(8)
-                self._reach_asked[nonce] = (peer.node, address)
-                scope = heartbeat.scope_bytes(heartbeat.REACH)
-                questions.append((nonce, scope, (address, peer.port)))
+            questions = []
+            for peer in self._reach_targets:
+                for address in set(peer.addresses) - self.reach.get(peer.node, set()):
+                    nonce = secrets.token_bytes(8)
+                    self._reach_asked[nonce] = (peer.node, address)
+                    questions.append((nonce, scope, (address, peer.port)))
+        self._send(questions)
+
+    def _send(self, questions: list[tuple[bytes, bytes, tuple[str, int]]]) -> None:
         for nonce, scope, target in questions:
             self._line.send(Message(Kind.ASK, nonce, scope, 0), target)
 

@@ -48,25 +48,41 @@ def test_an_asker_that_was_stopped_itself_blames_nobody():
     assert not lease.is_lost
 
 
-def test_before_the_first_answer_nothing_is_lost():
+def test_a_peer_that_has_not_read_its_assignment_is_not_lost_and_asked_again_soon():
     lease = Lease("r1/g1")
-    for second in range(20):
-        lease.asked(b"%d" % second, float(second))
-        lease.count_misses(float(second))
-    lease.asked(b"x", 30.0)
-    lease.answered(answer(b"x", Kind.GONE), 30.1)
+    for turn in range(20):
+        now = turn * (heartbeat.JOINING_PERIOD_S + 0.01)
+        assert lease.is_due(now)
+        lease.asked(b"%d" % turn, now)
+        assert not lease.is_due(now + 0.9)  # unanswered: not faster than each second
+        lease.answered(answer(b"%d" % turn, Kind.GONE), now)
     assert not lease.is_lost
 
 
-def test_a_peer_that_served_with_us_is_lost_also_if_it_was_never_heard():
+def test_a_peer_that_never_answers_is_lost_as_fast_as_a_member():
+    lease = Lease("r1/g1")
+    for second in range(3):
+        assert lease.is_due(float(second))
+        lease.asked(b"%d" % second, float(second))
+    lease.count_misses(3.3)
+    assert lease.is_lost
+
+
+def test_a_member_is_asked_each_second():
+    lease = lease_held()
+    assert not lease.is_due(0.9)
+    assert lease.is_due(1.0)
+
+
+def test_a_peer_that_served_with_us_is_lost_when_it_is_gone_also_if_it_was_never_heard():
     """An engine that is up in half a second serves before the second question is asked."""
     lease = Lease("r1/g1")
     lease.asked(b"0", 0.0)
     lease.answered(answer(b"0", Kind.GONE), 0.1)
+    assert not lease.is_lost
     lease.held_once = True  # what Heart.set_serving does
-    for second in range(1, 4):
-        lease.asked(b"%d" % second, float(second))
-    lease.count_misses(4.3)
+    lease.asked(b"1", 1.0)
+    lease.answered(answer(b"1", Kind.GONE), 1.1)
     assert lease.is_lost
 
 
