@@ -33,6 +33,7 @@ from launcher.verdicts import endpoint_of, replica_phase
 from launcher.wish import Driver, Wish, read_record, read_wish, take_the_wheel
 
 # Until ranks are given every wait of ours delays the engine; afterwards the engine is waited for.
+ACTED_TURN_S = 0.05  # what a step brought about is looked at soon
 STARTING_TURN_S = 0.15
 BUSY_TURN_S = 0.5
 CALM_TURN_S = 1.0
@@ -58,6 +59,7 @@ class Controller:
         self._started_at = time.time()
         self._last_status: Status | None = None
         self._ordered_to_end = False
+        self._acted = False
 
     def run(self) -> None:
         """Rounds until the run is over, or until we are told to end (the fleet goes on)."""
@@ -102,9 +104,12 @@ class Controller:
         self._remember_endpoint(executor, snapshot)
         executor.apply(plan, snapshot.now)
         self._write_status(executor.record, snapshot, plan)
+        self._acted = bool(plan.steps)
         return plan.finished
 
     def _turn_s(self, record: RunRecord) -> float:
+        if self._acted:
+            return ACTED_TURN_S
         if self._last_status is not None and self._last_status.phase == "serving":
             return CALM_TURN_S
         waiting = any(r.running_at and not r.ranked_at for r in record.replicas.values())

@@ -31,6 +31,24 @@ class FleetUnderTest:
         return self.cli("down", "--fleet", self.name).returncode
 
 
+def engine_processes(name: str) -> dict[int, str]:
+    """The node of every engine process of this fleet; namespaces hide none from outside."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                rows = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            except OSError:
+                continue
+            if any(f"/{name}/" in row for row in rows):
+                found |= {
+                    int(folder.name): row.removeprefix("LAUNCHER_NODE=")
+                    for row in rows
+                    if row.startswith("LAUNCHER_NODE=")
+                }
+    return found
+
+
 def eventually(observe, timeout_s=20.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster import bed
 from tests.conftest import ROOT
-from tests.launcher.fleets import FleetUnderTest, ask, eventually
+from tests.launcher.fleets import FleetUnderTest, ask, engine_processes, eventually
 
 pytestmark = pytest.mark.cluster
 BACKENDS = ("slurm", "ssh")
@@ -47,26 +47,7 @@ def fleet(backend, shared_cli, shared_dir, fake_engine, shared_model, fleet_name
     bed.repair(wait_idle=False)
     made.down()
     bed.repair()
-    assert engines(fleet_name) == {}
-
-
-def engines(name: str) -> dict[int, str]:
-    """The node of every engine process of this fleet; namespaces hide none from outside."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                environment = (folder / "environ").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if any("fake_" in word for word in words) and f"/{name}/" in environment:
-                found[int(folder.name)] = next(
-                    row.removeprefix("LAUNCHER_NODE=")
-                    for row in environment.split("\0")
-                    if row.startswith("LAUNCHER_NODE=")
-                )
-    return found
+    assert engine_processes(fleet_name) == {}
 
 
 def hosts_of(document: dict) -> list[str]:
@@ -89,7 +70,7 @@ def test_up_on_two_hosts_answers_and_down_leaves_nothing(fleet, executor):
     hosts = hosts_of(document)
     assert len(set(hosts)) == 2
     assert fleet.down() == 0
-    assert engines(fleet.name) == {}
+    assert engine_processes(fleet.name) == {}
     for host in hosts:
         assert "fl-" not in on(host, "ls", "/tmp")
         assert "launcher.agent" not in on(host, "ps", "-eo", "args").replace("ps -eo", "")
@@ -98,13 +79,13 @@ def test_up_on_two_hosts_answers_and_down_leaves_nothing(fleet, executor):
 
 def test_the_cli_killed_in_up_then_up_again_is_one_job_and_one_replica(fleet):
     first = fleet.cli.start("up", "-f", fleet.file)
-    assert eventually(lambda: engines(fleet.name))
+    assert eventually(lambda: engine_processes(fleet.name))
     first.kill()
     first.communicate()
     code, document = fleet.up()
     assert code == 0
     assert document["run"] == 1
-    assert sorted(engines(fleet.name).values()) == sorted(hosts_of(document))
+    assert sorted(engine_processes(fleet.name).values()) == sorted(hosts_of(document))
     if "slurm" in fleet.spec["backend"]:
         names = subprocess.run(["squeue", "-h", "-o", "%j"], capture_output=True, text=True).stdout
         assert names.split().count(f"{fleet.name}.r1.a1") == 1
@@ -117,7 +98,7 @@ def test_a_host_that_loses_power_is_named_and_its_peers_are_fenced_within_15_s(f
     victim = hosts_of(document)[rank]
     bed.kill(victim)
     began = time.monotonic()
-    assert eventually(lambda: engines(fleet.name) == {}, 15.0), "fenced within 15 s"
+    assert eventually(lambda: engine_processes(fleet.name) == {}, 15.0), "fenced within 15 s"
     assert time.monotonic() - began < 15
     assert eventually(lambda: fleet.status()[1]["finished"], 90.0)
     code, document = fleet.status()
@@ -134,17 +115,19 @@ def test_a_host_that_loses_power_is_named_and_its_peers_are_fenced_within_15_s(f
 def test_a_cut_link_ends_the_engines_on_both_sides(fleet):
     follower = hosts_of(fleet.up()[1])[1]
     bed.cut(follower)
-    assert eventually(lambda: engines(fleet.name) == {}, 15.0), "the cut host fences itself, too"
+    assert eventually(lambda: engine_processes(fleet.name) == {}, 15.0), (
+        "the cut host fences itself, too"
+    )
     bed.heal(follower)
     assert eventually(lambda: fleet.status()[1]["finished"], 60.0)
-    assert engines(fleet.name) == {}
+    assert engine_processes(fleet.name) == {}
 
 
 def test_an_engine_worker_killed_takes_the_other_node_down_within_15_s(fleet):
     follower = hosts_of(fleet.up()[1])[1]
-    pid = next(pid for pid, node in engines(fleet.name).items() if node == follower)
+    pid = next(pid for pid, node in engine_processes(fleet.name).items() if node == follower)
     os.kill(pid, 9)
-    assert eventually(lambda: engines(fleet.name) == {}, 15.0)
+    assert eventually(lambda: engine_processes(fleet.name) == {}, 15.0)
     assert eventually(lambda: fleet.status()[1]["finished"], 30.0)
     code, document = fleet.status()
     assert (code, document["error"]["where"]) == (1, f"node {follower}")
@@ -155,7 +138,9 @@ def test_a_killed_controller_is_replaced_while_a_host_is_away(fleet):
     folder = Path(fleet.cli.environment["LAUNCHER_STATE_DIR"]) / fleet.name
     os.kill(json.loads((folder / "controller.json").read_text())["pid"], 9)
     bed.kill(follower)
-    assert eventually(lambda: engines(fleet.name) == {}, 15.0), "leases need no controller"
+    assert eventually(lambda: engine_processes(fleet.name) == {}, 15.0), (
+        "leases need no controller"
+    )
     code, document = fleet.up(timeout=120)
     assert code == 1
     assert document["error"]["where"] == f"node {follower}"
@@ -256,7 +241,7 @@ class TestSlurmRefuses:
         code, document = spec.status()
         assert code == 1
         assert "Slurm" in document["error"]["message"] or "node" in document["error"]["where"]
-        assert engines(spec.name) == {}
+        assert engine_processes(spec.name) == {}
 
     def test_the_one_off_probe_runs_on_a_node(self, spec):
         result = spec.cli("bootstrap", "-f", spec.file)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.cluster import bed
 from tests.conftest import ROOT, Cli
-from tests.launcher.fleets import FleetUnderTest, ask
+from tests.launcher.fleets import FleetUnderTest, ask, engine_processes, eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(420)]
 PAIRWISE = [
@@ -25,7 +26,10 @@ PAIRWISE = [
 ]
 FULL = [
     pytest.param(*case, "fork", marks=pytest.mark.acceptance)
-    for case in itertools.product(("local", "slurm", "ssh"), ("ray", "mp"), ("tensor", "pipeline"))
+    for case in (
+        *itertools.product(("local", "slurm", "ssh"), ("ray", "mp"), ("tensor", "pipeline")),
+        ("slurm", "mp", "data"),
+    )
     if (*case, "fork") not in PAIRWISE
 ]
 ANSWERS: dict[str, str] = {}
@@ -45,19 +49,8 @@ def engine_ready():
 def test_two_hosts_serve_one_model_and_answer_the_same(
     backend, executor, layout, start, shared_dir, shared_cli
 ):
-    example = yaml.safe_load((ROOT / f"examples/{backend}.yaml").read_text())
-    del example["name"]
-    spec = {
-        **example,
-        "model": str(ROOT / "models/tiny"),
-        "runtime": {"venv": str(ROOT / ".venv/engine")},
-        "executor": executor,
-        "parallelism": {layout: 2},
-        "env": {**example["env"], "CPU_ENGINE_START_METHOD": start},
-    }
-    if backend == "ssh":
-        spec["backend"] = {"ssh": {"inventory": str(ROOT / ".testbed/inventory.yaml")}}
-    fleet = FleetUnderTest(shared_dir, shared_cli, f"e-{backend}-{executor}-{layout[0]}", spec)
+    name = f"e-{backend}-{executor}-{layout[0]}"
+    fleet = _fleet(name, backend, executor, {layout: 2}, start, shared_dir, shared_cli)
     try:
         code, document = fleet.up("--nodes", "2", timeout=400)
         assert code == 0, document["error"]
@@ -66,6 +59,52 @@ def test_two_hosts_serve_one_model_and_answer_the_same(
         _streams(document)
     finally:
         assert fleet.down() == 0
+
+
+@pytest.mark.acceptance
+@pytest.mark.usefixtures("engine_ready", "bootstrapped")
+@pytest.mark.parametrize("fault", ["power", "process"])
+@pytest.mark.parametrize(("backend", "executor"), [("slurm", "ray"), ("ssh", "mp")])
+def test_a_rank_that_dies_takes_the_real_engine_down_everywhere_within_15_s(
+    backend, executor, fault, shared_dir, shared_cli
+):
+    name = f"f-{backend}-{executor}-{fault}"
+    fleet = _fleet(name, backend, executor, {"pipeline": 2}, "fork", shared_dir, shared_cli)
+    try:
+        code, document = fleet.up("--nodes", "2", timeout=400)
+        assert code == 0, document["error"]
+        follower = document["replicas"][0]["nodes"][1]["node"]
+        running = engine_processes(name)
+        assert set(running.values()) == {node["node"] for node in document["replicas"][0]["nodes"]}
+        if fault == "power":
+            bed.kill(follower)
+        else:
+            os.kill(max(pid for pid, node in running.items() if node == follower), 9)
+        assert eventually(lambda: engine_processes(name) == {}, 15.0), engine_processes(name)
+        assert eventually(lambda: fleet.status()[1]["finished"], 90.0)
+        code, document = fleet.status()
+        assert (code, document["error"]["where"]) == (1, f"node {follower}")
+    finally:
+        bed.repair(wait_idle=False)
+        fleet.down()
+        bed.repair()
+
+
+def _fleet(name, backend, executor, parallelism, start, shared_dir, shared_cli) -> FleetUnderTest:
+    """The example of this backend with another executor and layout."""
+    example = yaml.safe_load((ROOT / f"examples/{backend}.yaml").read_text())
+    del example["name"]
+    spec = {
+        **example,
+        "model": str(ROOT / "models/tiny"),
+        "runtime": {"venv": str(ROOT / ".venv/engine")},
+        "executor": executor,
+        "parallelism": parallelism,
+        "env": {**example["env"], "CPU_ENGINE_START_METHOD": start},
+    }
+    if backend == "ssh":
+        spec["backend"] = {"ssh": {"inventory": str(ROOT / ".testbed/inventory.yaml")}}
+    return FleetUnderTest(shared_dir, shared_cli, name, spec)
 
 
 def _streams(document: dict) -> None:
