@@ -51,8 +51,8 @@ def benchmarks() -> int:
     lines = [f"# Measurements, {_today()}", "", f"Machine: {machine()}.", ""]
     lines += ["## From command to first token", "", "`python benchmarks/bringup.py [--spawn]`", ""]
     lines += [
-        "Two nodes on this machine, by hand and by `launcher up` in turns. Spawn is stock vLLM on the",
-        "CPU; fork is the plug-in's way, where an engine is up in ten seconds and each of ours shows.",
+        "Two nodes on this machine, by hand and by `launcher up` in turns. Spawn is stock vLLM",
+        "on the CPU; fork is the plug-in's way: an engine up in ten seconds shows each of ours.",
         "",
         "| start | executor | by hand, s | `launcher up`, s | ratio of medians | bound |",
         "| --- | --- | --- | --- | --- | --- |",
