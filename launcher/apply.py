@@ -1,15 +1,38 @@
 """Carry out a plan: for each step the intent first (record and journal), then the act. I/O."""
 
+from typing import Any
+
+from launcher import cordons
 from launcher.context import Ground
 from launcher.documents import Evidence
 from launcher.errors import FleetError
 from launcher.files import make_private, write_document, write_text
 from launcher.journal import Journal
 from launcher.paths import RunPaths
-from launcher.plan import Allocate, Assign, Down, Fail, Note, Plan, Release, Step
 from launcher.record import Failure, ReplicaRecord, RunRecord
+from launcher.steps import (
+    Allocate,
+    Assign,
+    Down,
+    Fail,
+    Note,
+    Plan,
+    Quarantine,
+    Release,
+    Step,
+    Swap,
+)
 
 RELEASE_TRIES = 2
+_BEGIN_AGAIN: dict[str, Any] = {
+    "intent": "none",
+    "nodes": (),
+    "running_at": None,
+    "stopping_at": None,
+    "release_tries": 0,
+    "slots_tried": 0,
+    "assignments": {},
+}
 
 
 class Executor:
@@ -102,7 +125,9 @@ class Executor:
                 backend.assign(allocation, node, assignment)
             case Release():
                 backend.release(allocation)
-            case Fail() | Down() | Note():
+            case Quarantine(cordon=cordon):
+                cordons.change(backend.kind, lambda ledger: ledger.with_cordon(cordon))
+            case Fail() | Down() | Note() | Swap():
                 return
 
     def _write_rendered(self, replica: ReplicaRecord) -> None:
@@ -122,9 +147,16 @@ class Executor:
 def remember(record: RunRecord, step: Step, now: float) -> RunRecord:
     """The record after the intent of this step. Pure."""
     replica = record.replicas[step.replica]
+    changes: dict[str, Any]
     match step:
-        case Allocate(allocation=number, nodes=nodes):
-            changes = {"intent": "up", "allocation": number, "nodes": nodes, "requested_at": now}
+        case Allocate(allocation=number, nodes=nodes, exclude=exclude):
+            changes = {
+                "intent": "up",
+                "allocation": number,
+                "nodes": nodes,
+                "exclude": exclude,
+                "requested_at": now,
+            }
         case Assign(node=node, assignment=assignment):
             changes = {"assignments": {**replica.assignments, node: assignment}}
         case Fail(failure=failure):
@@ -135,7 +167,17 @@ def remember(record: RunRecord, step: Step, now: float) -> RunRecord:
         case Down():
             changes = {"intent": "down", "stopping_at": now}
         case Release():
-            changes = {"released": True}
+            # After a swap the replica begins again; its counters and its story go on.
+            changes = _BEGIN_AGAIN if replica.intent == "swap" else {"released": True}
+        case Swap(story=story):
+            changes = {
+                "intent": "swap",
+                "stopping_at": now,
+                "swaps": replica.swaps + 1,
+                "story": (*replica.story, story),
+            }
+        case Quarantine():
+            changes = {}
         case Note(changes=changes):
             pass
     after = replica.model_copy(update=changes)
@@ -177,5 +219,9 @@ def _details(step: Step) -> dict[str, object]:
             }
         case Note():
             return {"replica": step.replica, **step.changes}
+        case Quarantine():
+            return {"replica": step.replica, **step.cordon.model_dump()}
+        case Swap():
+            return {"replica": step.replica, "story": step.story}
         case _:
             return {"replica": step.replica}

@@ -6,15 +6,17 @@ says why. Each rule is one generator of sentences.
 
 from collections.abc import Iterator
 
-from launcher.plan import Allocate, Assign, Context, Plan
+from inventory.ledger import Ledger
 from launcher.record import RunRecord
+from launcher.steps import Allocate, Assign, Context, Plan
 
 
-def lint(context: Context, record: RunRecord, plan: Plan) -> list[str]:
+def lint(context: Context, record: RunRecord, plan: Plan, ledger: Ledger) -> list[str]:
     """Every rule that this plan breaks, in words; empty for a sound plan."""
     return [
         *_one_replica_per_node(record, plan),
         *_allocations_are_whole(context, plan),
+        *_no_cordoned_node(plan, ledger),
         *_revisions_grow(record, plan),
         *_given_up_is_not_ranked(record, plan),
         *_ports_are_disjoint(plan),
@@ -42,6 +44,13 @@ def _allocations_are_whole(context: Context, plan: Plan) -> Iterator[str]:
         if isinstance(step, Allocate) and context.pool:
             if len(set(step.nodes)) != context.spec.nodes:
                 yield f"{step.replica} would get {len(step.nodes)} of {context.spec.nodes} nodes"
+
+
+def _no_cordoned_node(plan: Plan, ledger: Ledger) -> Iterator[str]:
+    for step in plan.steps:
+        if isinstance(step, Allocate):
+            for node in ledger.cordons.keys() & set(step.nodes):
+                yield f"{step.replica} would get {node}, which is cordoned"
 
 
 def _revisions_grow(record: RunRecord, plan: Plan) -> Iterator[str]:

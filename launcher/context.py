@@ -5,17 +5,18 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import __version__, render
+from inventory import nodeset
+from launcher import __version__, cordons, render
 from launcher.backends import make_backend
 from launcher.backends.base import Allocation, Backend
 from launcher.documents import AgentConfig
 from launcher.errors import CapacityError, StateError
 from launcher.layout import choose_layout
-from launcher.model_folder import read_model_facts
+from launcher.model_folder import read_model_facts, weights_bytes
 from launcher.paths import FleetPaths, state_root
-from launcher.plan import Context
 from launcher.record import ReplicaRecord
 from launcher.spec import FleetSpec
+from launcher.steps import Context
 
 OUR_SECRETS = ("api_key", "agent_token", "ray_token")
 
@@ -63,6 +64,7 @@ def make_allocation(
         replica=replica.name,
         number=replica.allocation,
         nodes=replica.nodes,
+        exclude=replica.exclude,
         base=base,
         config=config,
         secrets=read_secrets(paths.secrets),
@@ -82,11 +84,16 @@ def make_ground(spec: FleetSpec, paths: FleetPaths, *, check: bool) -> Ground:
     gpus = spec.gpus_per_node or min((node.gpus for node in pool.nodes if node.gpus), default=1)
     layout = choose_layout(spec, gpus, read_model_facts(spec.model))
     wanted = spec.nodes * spec.replicas
-    if len(pool.nodes) < wanted:
+    barred: set[str] = set()
+    if check:  # a fleet that runs keeps its nodes, whoever was cordoned since
+        barred = cordons.read(backend.kind).cordons.keys() & {node.name for node in pool.nodes}
+    if len(pool.nodes) - len(barred) < wanted:
+        told = f", {len(barred)} of them cordoned ({nodeset.fold(list(barred))})" if barred else ""
         raise CapacityError(
-            f"{spec.replicas} × {spec.nodes} nodes asked for, {pool.name} has {len(pool.nodes)}",
+            f"{spec.replicas} × {spec.nodes} nodes asked for, {pool.name} has "
+            f"{len(pool.nodes)}{told}",
             where=f"backend.{backend.kind}",
-            hint="Ask for fewer nodes or replicas, or name another pool.",
+            hint="Ask for fewer nodes or replicas, name another pool, or `launcher uncordon`.",
         )
     secret_names = {"VLLM_API_KEY": "api_key", **{name: name for name in spec.secrets}}
     context = Context(
@@ -95,9 +102,12 @@ def make_ground(spec: FleetSpec, paths: FleetPaths, *, check: bool) -> Ground:
         scripts=render.engine_scripts(spec, layout),
         user_id=os.getuid(),
         pool=() if backend.chooses_nodes else tuple(node.name for node in pool.nodes),
+        known=tuple(node.name for node in pool.nodes),
         shares_machine=backend.shares_machine,
         gpus_per_node=gpus,
         secret_names=secret_names,
+        weights_folders={node.name: node.nvme for node in pool.nodes},
+        weights_bytes=weights_bytes(spec.model),
     )
     return Ground(spec, backend, context, paths)
 

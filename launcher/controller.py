@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+from launcher import cordons
 from launcher.apply import Executor
 from launcher.backends.base import Allocation
 from launcher.check import lint
@@ -23,12 +24,13 @@ from launcher.files import make_private, read_document, write_document
 from launcher.journal import Journal
 from launcher.observe import Observer
 from launcher.paths import FleetPaths
-from launcher.plan import Plan, make_plan, new_record
+from launcher.plan import make_plan, new_record
 from launcher.pulse import Pulse
 from launcher.record import RunRecord
 from launcher.snapshot import Snapshot
 from launcher.spec import FleetSpec
 from launcher.status import Status, StatusError, make_status
+from launcher.steps import Plan
 from launcher.verdicts import endpoint_of, replica_phase
 from launcher.wish import Driver, Wish, read_record, read_wish, take_the_wheel
 
@@ -60,6 +62,7 @@ class Controller:
         self._last_status: Status | None = None
         self._ordered_to_end = False
         self._acted = False
+        self._known: tuple[str, ...] = ()
 
     def run(self) -> None:
         """Rounds until the run is over, or until we are told to end (the fleet goes on)."""
@@ -74,6 +77,7 @@ class Controller:
             record = new_record(ground.context, self.wish.run, before, time.time())
         executor = Executor(ground, record, self.run_paths)
         executor.resume()
+        self._known = ground.context.known
         pulse = Pulse(read_secrets(self.paths.secrets)["agent_token"].encode())
         pulse.woken = self._woken
         pulse.start()
@@ -93,10 +97,13 @@ class Controller:
         if wish is not None and wish.run == self.wish.run:
             self.wish = wish
         snapshot = observer.observe(
-            executor.record, self._allocations(ground, executor.record), self.wish.desired
+            executor.record,
+            self._allocations(ground, executor.record),
+            self.wish.desired,
+            cordons.read(ground.backend.kind),
         )
         plan = make_plan(ground.context, executor.record, snapshot)
-        problems = lint(ground.context, executor.record, plan)
+        problems = lint(ground.context, executor.record, plan, snapshot.ledger)
         if problems:
             self.journal.write("refused", problems=problems)
             log.error("plan refused: %s", "; ".join(problems))
@@ -142,6 +149,7 @@ class Controller:
             snapshot=snapshot,
             waiting_for=plan.waiting_for,
             finished=plan.finished,
+            known=self._known,
         )
         last = self._last_status
         fresh = last is not None and status.updated_at - last.updated_at < STATUS_EVERY_S

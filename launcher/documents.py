@@ -69,7 +69,9 @@ class Checks(BaseModel):
     model_folder: str | None
     ports: tuple[int, ...]
     gpus: int
-    only_warn: bool
+    shares_machine: bool
+    weights_folders: tuple[str, ...] = ()
+    weights_bytes: int | None = None
 
 
 class Command(BaseModel):
@@ -163,6 +165,7 @@ class Report(Document):
     heartbeat_port: int = 0
     facts: NodeFacts | None = None
     checks_for: int | None = None
+    health: NodeFacts | None = None
     reach: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     member: MemberReport | None = None
     evidence: Evidence | None = None

@@ -3,6 +3,7 @@
 import time
 from typing import Literal
 
+from inventory.ledger import Ledger
 from launcher.backends.base import Allocation, Backend, Seen
 from launcher.errors import FleetError
 from launcher.pulse import Pulse, Target
@@ -24,6 +25,7 @@ class Observer:
         record: RunRecord,
         allocations: dict[str, Allocation],
         desired: Literal["up", "down"],
+        ledger: Ledger,
     ) -> Snapshot:
         """A snapshot with a view of every replica; what could not be seen is in it as unknown."""
         views = {}
@@ -36,7 +38,7 @@ class Observer:
             views[name] = self._replica(replica, allocation, targets)
         if self._pulse:
             self._pulse.aim(targets)
-        return Snapshot(now=time.time(), desired=desired, replicas=views)
+        return Snapshot(now=time.time(), desired=desired, replicas=views, ledger=ledger)
 
     def _replica(
         self, replica: ReplicaRecord, allocation: Allocation, targets: dict[str, Target]

@@ -4,16 +4,25 @@ It is level-triggered: called each round with what is, it returns what is missin
 exact that the executor has no choices. The plan of a fleet that is as it should be is empty.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
-
-from health.engine import judge_parity
+from health.report import NodeFacts
 from launcher import addresses, ports, render
 from launcher.documents import Assignment, Checks, Member, Peer, Report
-from launcher.layout import Layout
+from launcher.fitness import judge_set
 from launcher.record import Failure, ReplicaRecord, RunRecord
 from launcher.snapshot import ReplicaView, Snapshot
-from launcher.spec import FleetSpec, is_folder
+from launcher.spec import is_folder
+from launcher.steps import (
+    Allocate,
+    Assign,
+    Context,
+    Down,
+    Fail,
+    Note,
+    Plan,
+    Release,
+    Step,
+)
+from launcher.swap import plan_swap
 from launcher.verdicts import first_failure, is_lost, replica_phase
 
 # A node that does not confirm its end is fenced by its peers' leases within 15 s; what it runs
@@ -22,79 +31,6 @@ STOP_CONFIRM_S = 20.0
 ATTRIBUTION_S = 6.0
 LEADER_FIRST_S = 10.0
 FOLLOWER_GRACE_S = 1
-
-
-@dataclass(frozen=True)
-class Allocate:
-    """Get agents onto nodes. `nodes` is empty where the backend chooses (Slurm)."""
-
-    replica: str
-    allocation: int
-    nodes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Assign:
-    """Write one node's assignment.json."""
-
-    replica: str
-    node: str
-    assignment: Assignment
-
-
-@dataclass(frozen=True)
-class Fail:
-    """Give the replica up: from here on it is only taken down."""
-
-    replica: str
-    failure: Failure
-
-
-@dataclass(frozen=True)
-class Down:
-    """Begin to end the replica as the user wished."""
-
-    replica: str
-
-
-@dataclass(frozen=True)
-class Release:
-    """Give the allocation back and sweep what it left."""
-
-    replica: str
-    allocation: int
-
-
-@dataclass(frozen=True)
-class Note:
-    """Remember an observed fact about the replica (when it started, that it serves)."""
-
-    replica: str
-    changes: dict[str, Any]
-
-
-Step = Allocate | Assign | Fail | Down | Release | Note
-
-
-@dataclass(frozen=True)
-class Plan:
-    steps: tuple[Step, ...] = ()
-    waiting_for: tuple[str, ...] = ()
-    finished: bool = False
-
-
-@dataclass(frozen=True)
-class Context:
-    """What does not change during a run: the spec, its layout, and how nodes are to be used."""
-
-    spec: FleetSpec
-    layout: Layout
-    scripts: dict[str, str]
-    user_id: int
-    pool: tuple[str, ...] = ()  # empty: the backend chooses nodes
-    shares_machine: bool = False
-    gpus_per_node: int = 1
-    secret_names: dict[str, str] = field(default_factory=dict)
 
 
 def make_plan(context: Context, record: RunRecord, snapshot: Snapshot) -> Plan:
@@ -145,9 +81,13 @@ def _plan_replica(
         return _plan_down(replica, view, snapshot.now, context.spec.limits.drain)
     if snapshot.desired == "down":
         return ([] if replica.intent == "none" else [Down(replica.name)]), []
+    if replica.intent == "swap":
+        steps, _ = _plan_down(replica, view, snapshot.now, 0)
+        return steps, ["another node"]
     if replica.intent == "none":
-        nodes = _choose_nodes(context, run, replica)
-        return [Allocate(replica.name, replica.allocation + 1, nodes)], ["nodes"]
+        nodes = _choose_nodes(context, run, replica, snapshot)
+        exclude = () if nodes else tuple(sorted(snapshot.ledger.cordons.keys() & context.known))
+        return [Allocate(replica.name, replica.allocation + 1, nodes, exclude)], ["nodes"]
     if failure := first_failure(replica, view, snapshot.now):
         return [Fail(replica.name, failure)], []
     allocation = view.allocation
@@ -162,12 +102,15 @@ def _plan_replica(
         changes = {"running_at": snapshot.now, "nodes": allocation.nodes}
         return [Note(replica.name, changes)], ["agents"]
     if replica.ranked_at is None:
-        return _plan_preflight(context, replica, view, snapshot.now)
+        return _plan_preflight(context, run, replica, view, snapshot)
     return _plan_watch(context, replica, view, snapshot.now)
 
 
-def _choose_nodes(context: Context, run: RunRecord, replica: ReplicaRecord) -> tuple[str, ...]:
-    """The first nodes of the pool that no replica of this fleet uses; none where Slurm chooses."""
+def _choose_nodes(
+    context: Context, run: RunRecord, replica: ReplicaRecord, snapshot: Snapshot
+) -> tuple[str, ...]:
+    """The first nodes of the pool that no replica of this fleet uses and that nobody has
+    cordoned; none where Slurm chooses."""
     if not context.pool:
         return ()
     taken = {node for other in run.replicas.values() if not other.released for node in other.nodes}
@@ -176,6 +119,7 @@ def _choose_nodes(context: Context, run: RunRecord, replica: ReplicaRecord) -> t
         if replica.intent == "none"
         else 0
     )
+    taken |= snapshot.ledger.cordons.keys()
     free = [node for node in context.pool if node not in taken]
     start = before * context.spec.nodes
     return tuple(free[start : start + context.spec.nodes])
@@ -201,9 +145,14 @@ def _plan_pending(
 
 
 def _plan_preflight(
-    context: Context, replica: ReplicaRecord, view: ReplicaView, now: float
+    context: Context,
+    run: RunRecord,
+    replica: ReplicaRecord,
+    view: ReplicaView,
+    snapshot: Snapshot,
 ) -> _Result:
     """Agents up → each told its peers and checks → facts good → ranks."""
+    now = snapshot.now
     reports = _reports(replica, view)
     missing = [node for node in replica.nodes if node not in reports]
     if missing:
@@ -237,8 +186,8 @@ def _plan_preflight(
     ]
     if waiting:
         return [], [f"preflight on {', '.join(waiting)}"]
-    if unfit := _unfit(replica, reports, now):
-        return [Fail(replica.name, unfit)], []
+    if unfit := judge_set(_facts(replica, reports)):
+        return plan_swap(context, run, replica, unfit, reports, snapshot)
     chosen = addresses.choose(
         context.spec.interface,
         {node: reports[node].addresses for node in replica.nodes},
@@ -349,7 +298,9 @@ def _checks(context: Context, replica: ReplicaRecord, reports: dict[str, Report]
             model_folder=context.spec.model if is_folder(context.spec.model) else None,
             ports=ports.to_check(block, leader=rank == 0),
             gpus=context.layout.ranks_per_node,
-            only_warn=context.shares_machine,
+            shares_machine=context.shares_machine,
+            weights_folders=context.weights_folders.get(node, ()),
+            weights_bytes=context.weights_bytes,
         )
         peers = tuple(
             Peer(
@@ -375,7 +326,7 @@ def _again_elsewhere(
         return []
     for node, report in reports.items():
         current = report.checks_for == replica.revision_of(node)
-        if current and report.facts and any(f.check == "ports" for f in report.facts.unfit):
+        if current and report.facts and any(f.check == "host.ports" for f in report.facts.unfit):
             step = context.spec.nodes if context.shares_machine else 1
             moved = replica.model_copy(update={"slot": (replica.slot + step) % ports.SLOTS})
             changes = {"slot": moved.slot, "slots_tried": replica.slots_tried + 1}
@@ -383,30 +334,8 @@ def _again_elsewhere(
     return []
 
 
-def _unfit(replica: ReplicaRecord, reports: dict[str, Report], now: float) -> Failure | None:
-    for node in replica.nodes:
-        facts = reports[node].facts
-        if facts and facts.unfit:
-            worst = facts.unfit[0]
-            return Failure(
-                code="preflight",
-                exit_code=3,
-                message=worst.message,
-                where=f"node {node}, check {worst.check}",
-                hint=worst.hint,
-                at=now,
-            )
-    versions = {node: facts.versions for node in replica.nodes if (facts := reports[node].facts)}
-    for finding in judge_parity(versions):
-        return Failure(
-            code="preflight",
-            exit_code=3,
-            message=finding.message,
-            where=replica.name,
-            hint=finding.hint,
-            at=now,
-        )
-    return None
+def _facts(replica: ReplicaRecord, reports: dict[str, Report]) -> dict[str, NodeFacts]:
+    return {node: facts for node in replica.nodes if (facts := reports[node].facts)}
 
 
 def _rank(

@@ -11,6 +11,7 @@ import hashlib
 FIRST = 20_000
 BLOCK = 100
 SLOTS = 120
+COLLECTIVE = FIRST - 1  # where nodes meet that no fleet uses yet
 
 _OFFSETS = {
     "rendezvous": 0,  # Ray's GCS, or vLLM's --master-port
@@ -25,6 +26,7 @@ _OFFSETS = {
     "dashboard": 9,
     "autoscaler_metrics": 10,
     "data_parallel_rpc": 11,
+    "collective": 12,
     "vllm_first": 15,  # vLLM counts up from here
     "worker_first": 40,
     "worker_last": 98,

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from launcher.documents import Assignment, Document, Evidence
 
-Intent = Literal["none", "up", "down"]
+Intent = Literal["none", "up", "swap", "down"]
 
 
 class Failure(BaseModel):
@@ -45,6 +45,9 @@ class ReplicaRecord(BaseModel):
     released: bool = False
     release_tries: int = 0
     leftover: str = ""  # what could not be cleaned, and why
+    exclude: tuple[str, ...] = ()  # nodes that the backend may not choose
+    swaps: int = 0
+    story: tuple[str, ...] = ()  # what happened on the way, for people
     assignments: dict[str, Assignment] = Field(default_factory=dict)
     failure: Failure | None = None
 

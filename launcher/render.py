@@ -25,7 +25,8 @@ def engine_scripts(spec: FleetSpec, layout: Layout) -> dict[str, str]:
     """All scripts that agents run, by file name."""
     bodies = ("ray-head", "ray-worker", "serve-ray") if layout.executor == "ray" else ("serve-mp",)
     scripts = {f"{name}.sh": _engine_script(name, spec, layout) for name in bodies}
-    scripts["engine-probe.sh"] = _engine_script("engine-probe", spec, layout)
+    for name in ("engine-probe", "collective"):
+        scripts[f"{name}.sh"] = _engine_script(name, spec, layout)
     return scripts
 
 
@@ -64,6 +65,9 @@ def _engine_script(name: str, spec: FleetSpec, layout: Layout) -> str:
     lines += [quoting.export("LAUNCHER_DATA_PARALLEL", str(layout.data))]
     if name == "engine-probe":
         lines += [quoting.export("LAUNCHER_PROBE", PROBE)]
+    if name == "collective":
+        worker = resources.files("health.collective").joinpath("worker.py")
+        lines += [quoting.export("LAUNCHER_COLLECTIVE", worker.read_text(encoding="utf-8"))]
     if runtime.venv:
         lines += [quoting.export("VIRTUAL_ENV", runtime.venv)]
         lines += [f'export PATH={quoting.word(runtime.venv + "/bin")}:"$PATH"']
@@ -132,6 +136,7 @@ def sbatch_script(
     python: str,
     gpus_per_node: int,
     mark: str,
+    exclude: tuple[str, ...] = (),
 ) -> str:
     """The batch script of one allocation job."""
     slurm = spec.backend.slurm or SlurmBackend()
@@ -147,8 +152,10 @@ def sbatch_script(
         f"--signal=B:USR1@{SIGNAL_LEAD_S}",
         f"--output={_escaped_pattern(base)}/supervisor.log",
     ]
-    simple = ("partition", "account", "qos", "constraint", "reservation", "nodelist", "exclude")
+    simple = ("partition", "account", "qos", "constraint", "reservation", "nodelist")
     options += [f"--{key}={value}" for key in simple if (value := getattr(slurm, key))]
+    barred = [*([slurm.exclude] if slurm.exclude else []), *exclude]
+    options += [f"--exclude={','.join(barred)}"] if barred else []
     if slurm.walltime:
         options.append(f"--time={_slurm_time(slurm.walltime)}")
     if slurm.gres:

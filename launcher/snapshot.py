@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from inventory.ledger import Ledger
 from launcher.documents import Report
 
 AllocationState = Literal["none", "pending", "running", "gone", "unknown"]
@@ -46,3 +47,4 @@ class Snapshot:
     now: float
     desired: Literal["up", "down"]
     replicas: dict[str, ReplicaView]
+    ledger: Ledger = field(default_factory=Ledger)

@@ -32,6 +32,16 @@ class ReplicaStatus(BaseModel):
     timings_s: dict[str, float] = Field(default_factory=dict)
     failure: Failure | None = None
     leftover: str = ""
+    story: list[str] = Field(default_factory=list)
+
+
+class CordonStatus(BaseModel):
+    """A node that takes no new work, and why."""
+
+    node: str
+    kind: str
+    reason: str
+    at: float
 
 
 class StatusError(BaseModel):
@@ -55,6 +65,7 @@ class Status(Document):
     backend: str
     replicas: list[ReplicaStatus]
     spares: list[str] = Field(default_factory=list)
+    cordoned: list[CordonStatus] = Field(default_factory=list)
     waiting_for: list[str]
     error: StatusError | None = None
     controller: str = "running"
@@ -81,6 +92,7 @@ def make_status(
     snapshot: Snapshot,
     waiting_for: tuple[str, ...],
     finished: bool,
+    known: tuple[str, ...] = (),
 ) -> Status:
     replicas = [_replica(record.replicas[name], view) for name, view in snapshot.replicas.items()]
     failures = [r.failure for r in record.replicas.values() if r.failure]
@@ -105,6 +117,11 @@ def make_status(
         model=model,
         backend=backend,
         replicas=replicas,
+        cordoned=[
+            CordonStatus(node=held.node, kind=held.kind, reason=held.reason, at=held.at)
+            for held in snapshot.ledger.cordons.values()
+            if held.node in known
+        ],
         waiting_for=list(waiting_for),
         error=error,
         updated_at=snapshot.now,
@@ -156,6 +173,7 @@ def _replica(record: ReplicaRecord, view: ReplicaView) -> ReplicaStatus:
         },
         failure=record.failure,
         leftover=record.leftover,
+        story=list(record.story),
     )
 
 

@@ -1,56 +1,158 @@
-"""The node's preflight: what it finds out about itself before it takes work. I/O, in a thread."""
+"""The node looks at itself: before it takes work, and again while it serves. I/O, in threads.
 
+The probes run in a child of ours (`health.collect`) that is started with the agent, so that its
+imports are done when the first order comes. It is asked by a line and answers by a line; one that
+does not answer is killed and started again.
+"""
+
+import contextlib
+import queue
+import random
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
-from health import engine, gpu, host
+from pydantic import ValidationError
+
+from health.checks.base import Needs
+from health.evidence import Asked, NodeEvidence, Xid
+from health.judge import judge
 from health.report import Finding, NodeFacts
 from launcher.agent.processes import Reaper
 from launcher.documents import Checks
 from launcher.files import write_text
 
-PROBE_TIMEOUT_S = 60.0
+ANSWER_WITHIN_S = 75.0  # the slowest probe's deadline (the engine's Python, 60 s) and some
+PASSIVE_EVERY_S = 60.0  # as gpud; by chance up to a fifth later, so that nodes do not beat as one
+XIDS_KEPT = 50
 
 
-class Preflight:
-    """Runs the checks of one assignment once; `facts` is None until it is done."""
+class Watch:
+    """Asks the probes, judges their answers, and keeps what is known of this node's health."""
 
-    def __init__(self, revision: int, checks: Checks, address: str) -> None:
-        self.revision = revision
+    def __init__(self, reaper: Reaper, environment: dict[str, str], node: str, mark: str) -> None:
+        self._reaper = reaper
+        self._environment = environment
+        self._node = node
+        self._mark = mark
+        self._orders: queue.SimpleQueue[tuple[int | None, Asked, Needs] | None]
+        self._orders = queue.SimpleQueue()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._xid_child: subprocess.Popen[bytes] | None = None
+        self._xids: list[Xid] = []
+        self._next_at = 0.0
+        self._asked_for: int | None = None
+        self.revision: int | None = None  # the assignment that `facts` answers
         self.facts: NodeFacts | None = None
-        self._checks = checks
-        self._address = address
+        self.health: NodeFacts | None = None  # the newest look while serving
+        threading.Thread(target=self._run, name="health", daemon=True).start()
 
-    def start(self, reaper: Reaper, node_folder: Path, environment: dict[str, str]) -> "Preflight":
-        threading.Thread(
-            target=self._run,
-            args=(reaper, node_folder, environment),
-            name="preflight",
-            daemon=True,
-        ).start()
-        return self
-
-    def _run(self, reaper: Reaper, node_folder: Path, environment: dict[str, str]) -> None:
-        try:
-            self.facts = self._look(reaper, node_folder, environment)
-        except Exception as error:  # a broken check must be reported, whatever broke it
-            broken = Finding(check="preflight", verdict="unknown", message=repr(error)[:300])
-            self.facts = NodeFacts(findings=(broken,))
-
-    def _look(self, reaper: Reaper, node_folder: Path, environment: dict[str, str]) -> NodeFacts:
-        checks = self._checks
-        findings = [
-            host.check_disk(node_folder),
-            host.check_shared_memory(host.SHM_NEED_BYTES, only_warn=checks.only_warn),
-            host.check_ports(self._address, checks.ports),
-        ]
-        if checks.model_folder:
-            findings.append(host.check_model_folder(checks.model_folder))
-        gpus = gpu.count_gpus()
-        findings.append(gpu.check_gpu_count(gpus, checks.gpus))
-        script = node_folder / "engine-probe.sh"
+    def preflight(self, revision: int, checks: Checks, address: str, folder: Path) -> None:
+        """Order the checks of one assignment; `facts` is None until they are done."""
+        script = folder / "engine-probe.sh"
         write_text(script, checks.probe_script, mode=0o700)
-        code, output = reaper.run(["/bin/bash", str(script)], environment, PROBE_TIMEOUT_S)
-        versions = engine.parse_probe(output) if code == 0 else None
-        findings += engine.judge_engine(versions, checks.executor, output)
-        return NodeFacts(findings=tuple(findings), versions=versions or {}, gpus=gpus)
+        asked = Asked(
+            level="passive",
+            node=self._node,
+            mark=self._mark,
+            scratch=str(folder),
+            model_folder=checks.model_folder or "",
+            weights_folders=checks.weights_folders,
+            address=address,
+            ports=checks.ports,
+            probe_script=str(script),
+        )
+        needs = Needs(
+            gpus=checks.gpus,
+            executor=checks.executor,
+            weights_bytes=checks.weights_bytes,
+            shares_machine=checks.shares_machine,
+        )
+        self._asked_for, self.facts = revision, None
+        self._orders.put((revision, asked, needs))
+
+    @property
+    def is_looking(self) -> bool:
+        """Whether an ordered preflight has not answered yet."""
+        return self._asked_for is not None and self.revision != self._asked_for
+
+    def look_again(self, now: float) -> None:
+        """Called each turn while serving: the passive level, now and then."""
+        if now < self._next_at:
+            return
+        self._next_at = now + PASSIVE_EVERY_S * random.uniform(1.0, 1.2)
+        self._orders.put((None, Asked(node=self._node, mark=self._mark), Needs(serving=True)))
+
+    def stop(self) -> None:
+        self._orders.put(None)
+        for child in (self._child, self._xid_child):
+            if child is not None:
+                child.kill()
+
+    def _run(self) -> None:
+        self._start()
+        while (order := self._orders.get()) is not None:
+            revision, asked, needs = order
+            try:
+                facts = self._judged(self._ask(asked), needs)
+            except Exception as error:  # a broken check must be reported, whatever broke it
+                broken = Finding(check="preflight", verdict="unknown", message=repr(error)[:300])
+                facts = NodeFacts(findings=(broken,))
+            if revision is not None:
+                self.facts, self.revision = facts, revision
+            elif self.health is None or self.health.findings != facts.findings:
+                self.health = facts
+
+    def _judged(self, evidence: NodeEvidence, needs: Needs) -> NodeFacts:
+        if evidence.gpus and evidence.gpus.vendor == "nvidia" and self._xid_child is None:
+            self._watch_xids()
+        if self._xids and evidence.kernel:
+            kernel = evidence.kernel.model_copy(
+                update={"xids": (*evidence.kernel.xids, *self._xids)}
+            )
+            evidence = evidence.model_copy(update={"kernel": kernel})
+        return judge(evidence, needs)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._child = self._reaper.converse(
+            [sys.executable, "-m", "health.collect"], self._environment
+        )
+        return self._child
+
+    def _ask(self, asked: Asked) -> NodeEvidence:
+        """One question to the probes' process. Raises what explains the missing answer."""
+        child = self._child
+        if child is None or child.poll() is not None:
+            child = self._start()
+        assert child.stdin is not None
+        assert child.stdout is not None
+        watchdog = threading.Timer(ANSWER_WITHIN_S, child.kill)
+        watchdog.start()
+        try:
+            child.stdin.write(asked.model_dump_json().encode() + b"\n")
+            child.stdin.flush()
+            answer = child.stdout.readline()
+        finally:
+            watchdog.cancel()
+        if not answer:
+            self._child = None
+            raise TimeoutError(f"the probes did not answer within {ANSWER_WITHIN_S:.0f} s")
+        return NodeEvidence.model_validate_json(answer)
+
+    def _watch_xids(self) -> None:
+        """Wait for the driver's error events; each makes the next look come at once."""
+        child = self._reaper.converse(
+            [sys.executable, "-m", "health.xid_watch"], self._environment
+        )
+        self._xid_child = child
+
+        def listen() -> None:
+            assert child.stdout is not None
+            for line in child.stdout:
+                with contextlib.suppress(ValidationError):
+                    self._xids = [*self._xids, Xid.model_validate_json(line)][-XIDS_KEPT:]
+                    self._next_at = time.monotonic()
+
+        threading.Thread(target=listen, name="xids", daemon=True).start()

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import psutil
 
+from health.probes.host import boot_id
 from launcher import __version__
 from launcher.agent import processes
-from launcher.agent.checks import Preflight
+from launcher.agent.checks import Watch
 from launcher.agent.engine import Engine, Surroundings
 from launcher.agent.heart import Heart, Loss
 from launcher.documents import (
@@ -60,7 +61,6 @@ class Agent:
         self.addresses = _own_addresses(config.addresses.get(node))
         self.assignment: Assignment | None = None
         self.engine: Engine | None = None
-        self.preflight: Preflight | None = None
         self.lost_peer: Loss | None = None
         self.evidence: Evidence | None = None
         self._assignment_stat: tuple[int, int] | None = None
@@ -70,7 +70,7 @@ class Agent:
         self._phase_since: tuple[NodePhase, float] = ("starting", time.time())
         self._fenced_revision = 0
         self._ordered_to_end = False
-        self._boot_id = _boot_id()
+        self._boot_id = boot_id()
 
     def run(self) -> None:
         processes.become_subreaper()
@@ -78,9 +78,12 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self.heart.start()
+        environment = {**_clean_environment(), **self._node_environment()}
+        self.watch = Watch(self.reaper, environment, self.node, self.mark)
         while not self._turn():
             self.heart.woken.wait(TURN_S if self.engine else WAITING_TURN_S)
             self.heart.woken.clear()
+        self.watch.stop()
         self.heart.stop()
 
     def _turn(self) -> bool:
@@ -125,11 +128,8 @@ class Agent:
         if new.peers:
             self.heart.ask_reach(new.peers)
         if new.checks:
-            environment = {**_clean_environment(), **self._node_environment()}
             address = self.config.addresses.get(self.node, "0.0.0.0")
-            self.preflight = Preflight(new.revision, new.checks, address).start(
-                self.reaper, self.paths.root, environment
-            )
+            self.watch.preflight(new.revision, new.checks, address, self.paths.root)
 
     def _reconcile(self) -> None:
         """Start or stop the engine so that it is what the assignment says."""
@@ -169,6 +169,7 @@ class Agent:
             self._fenced_revision = self.assignment.revision if self.assignment else 0
         if engine.first_token_at or (engine.member.rank and self.heart.leader_serves()):
             self.heart.set_serving()
+            self.watch.look_again(time.monotonic())
         if engine.gone:
             self.heart.release()
             self.engine = None
@@ -185,7 +186,7 @@ class Agent:
             return "joining"
         if self.assignment is None:
             return "starting"
-        if self.preflight and self.preflight.facts is None:
+        if self.watch.is_looking:
             return "preflight"
         return "idle"
 
@@ -214,8 +215,9 @@ class Agent:
             assignment_revision=self.assignment.revision if self.assignment else 0,
             addresses=self.addresses,
             heartbeat_port=self.heart.port,
-            facts=self.preflight.facts if self.preflight else None,
-            checks_for=self.preflight.revision if self.preflight else None,
+            facts=None if self.watch.is_looking else self.watch.facts,
+            checks_for=None if self.watch.is_looking else self.watch.revision,
+            health=self.watch.health,
             reach=self.heart.reach_found(),
             member=self._member_report(),
             evidence=self.evidence,
@@ -359,10 +361,3 @@ def _interface_of(ip: str) -> str:
         if any(address.address == ip for address in addresses):
             return interface
     return "lo"
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return "unknown"

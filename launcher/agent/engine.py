@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from health.host import busy_ports
+from health.probes.host import busy_ports
 from launcher.agent import lastwords, processes
 from launcher.agent.probe import TokenProbe
 from launcher.agent.processes import SCRATCH_MARK, Reaper, scratch_root

@@ -86,6 +86,23 @@ class Reaper:
             self._own.pop(child.pid, None)
         return code, output[-65_536:].decode("utf-8", "replace")
 
+    def converse(
+        self, arguments: list[str], environment: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
+        """Start a child that reads lines from us and answers by lines; it dies with us."""
+        with self._lock:
+            child = subprocess.Popen(
+                arguments,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - calls prctl, nothing else
+            )
+            self._own[child.pid] = child
+        return child
+
     def collect_adopted(self) -> None:
         """Reap zombies that were handed to us when their parents died."""
         with self._lock:

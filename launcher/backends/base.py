@@ -1,6 +1,6 @@
 """What a backend answers. Everything else of the product is shared between backends."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from inventory.model import Pool
@@ -23,7 +23,7 @@ class Allocation:
     base: BasePaths
     config: AgentConfig
     secrets: dict[str, str]
-    script: str = ""
+    exclude: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -37,6 +37,34 @@ class Seen:
     report: Report | None = None
     problem: str = ""
     ended: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """A program to run once on a node, outside any fleet's allocation.
+
+    It runs in a private folder that holds `files`, with `input` on stdin. `program` is "probes"
+    (our own `health.collect`) or the name of one of the files, a bash script.
+    """
+
+    program: str
+    input: str
+    files: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What it printed, or the problem that kept it from being run; by our clock.
+
+    is_busy: the node has other work and was not asked, which says nothing about its health."""
+
+    began_at: float
+    ended_at: float
+    output: str = ""
+    errors: str = ""
+    problem: str = ""
+    is_busy: bool = False
 
 
 class Backend(Protocol):
@@ -78,6 +106,10 @@ class Backend(Protocol):
 
     def read_log(self, allocation: Allocation, node: str, name: str, offset: int) -> bytes:
         """A log from this offset (negative: from its end), at most LOG_READ_MAX_BYTES."""
+
+    def ask(self, questions: dict[str, Question], deadline_s: float) -> dict[str, Answer]:
+        """Run a program on each of these nodes, all at once. What a node did not answer is in
+        its answer; nobody's silence holds up the others."""
 
     def close(self) -> None:
         """End connections."""

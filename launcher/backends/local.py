@@ -6,19 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from health.gpu import count_gpus
 from inventory.model import Node, Pool
 from launcher import quoting
 from launcher.agent.processes import MARK_VARIABLE
 from launcher.agent.sweep import sweep
-from launcher.backends.base import Allocation, Seen
+from launcher.backends import asking
+from launcher.backends.base import Allocation, Answer, Question, Seen
 from launcher.backends.shared_files import SharedFiles
 from launcher.errors import CapacityError
-from launcher.files import make_private
+from launcher.files import make_private, write_text
 from launcher.snapshot import AllocationView
 from launcher.spec import FleetSpec
 
@@ -44,6 +46,8 @@ class LocalBackend(SharedFiles):
 
     def pool(self) -> Pool:
         wanted = self._spec.nodes * self._spec.replicas
+        from health.probes.gpu import count_gpus  # loads NVML, which most commands do not need
+
         gpus = self._spec.gpus_per_node or max(1, (count_gpus() or 0) // max(1, wanted))
         nodes = (Node(name=f"n{number}", gpus=gpus) for number in range(1, wanted + 1))
         return Pool(name="local", nodes=tuple(nodes))
@@ -91,8 +95,35 @@ class LocalBackend(SharedFiles):
         sweep(allocation.config.mark)
         self.forget_secrets(allocation)
 
+    def ask(self, questions: dict[str, Question], deadline_s: float) -> dict[str, Answer]:
+        with ThreadPoolExecutor(len(questions) or 1) as pool:
+            asked = {n: pool.submit(_ask, n, q, deadline_s) for n, q in questions.items()}
+            return {node: answer.result() for node, answer in asked.items()}
+
     def close(self) -> None:
         return
+
+
+def _ask(node: str, question: Question, deadline_s: float) -> Answer:
+    began_at = time.time()
+    with tempfile.TemporaryDirectory(prefix="launcher-ask-") as folder:
+        for name, text in question.files.items():
+            write_text(Path(folder) / name, text, mode=0o700)
+        try:
+            result = subprocess.run(
+                asking.command(question, sys.executable),
+                input=question.input,
+                env={**os.environ, **asking.environment(question, folder, node)},
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=deadline_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            problem = f"no answer within {deadline_s:.0f} s"
+            return Answer(began_at, time.time(), problem=problem)
+    return Answer(began_at, time.time(), result.stdout, result.stderr)
 
 
 def _agent_command(allocation: Allocation, node: str) -> list[str]:

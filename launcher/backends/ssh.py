@@ -7,9 +7,10 @@ from pathlib import Path
 from inventory import nodeset
 from inventory.load import load
 from inventory.model import Inventory, Pool
-from launcher import __version__, quoting
+from launcher import __version__, cordons, quoting
 from launcher.agent.processes import MARK_VARIABLE
-from launcher.backends.base import LOG_READ_MAX_BYTES, Allocation, Seen
+from launcher.backends import asking
+from launcher.backends.base import LOG_READ_MAX_BYTES, Allocation, Answer, Question, Seen
 from launcher.documents import Assignment, Report
 from launcher.errors import CapacityError, RemoteError, SpecError
 from launcher.files import make_private, parse_document, write_text
@@ -51,7 +52,8 @@ class SshHosts:
                 where=self._block.inventory,
                 hint="Ask for fewer nodes, or add hosts to the inventory.",
             )
-        names = [node.name for node in pool.nodes[:wanted]]
+        barred = cordons.read(self.kind).cordons
+        names = [node.name for node in pool.nodes if node.name not in barred][:wanted]
         answers = self.fleet().each(names, installed_version, START_DEADLINE_S)
         for name, answer in answers.items():
             if isinstance(answer, RemoteError):
@@ -190,16 +192,48 @@ class SshHosts:
         path = f"{self._base(allocation, node)}/nodes/{node}/{name}"
         return self.fleet().hosts[node].read(path, offset, LOG_READ_MAX_BYTES) or b""
 
+    def ask(self, questions: dict[str, Question], deadline_s: float) -> dict[str, Answer]:
+        began_at = {name: time.time() for name in questions}
+
+        def put(host: Host) -> Answer:
+            name = host.node.name
+            question = questions[name]
+            install = f"{self._home(name)}/{INSTALL_FOLDER}"
+            folder = f"{install}/ask-{name}"
+            for file, text in question.files.items():
+                host.write(f"{folder}/{file}", text.encode(), mode=0o700)
+            variables = asking.environment(question, folder, name)
+            words = asking.command(question, f"{install}/venv/bin/python")
+            run = quoting.line(["env", *(f"{k}={v}" for k, v in variables.items()), *words])
+            feed = quoting.line(["printf", "%s", question.input])
+            began_at[name] = time.time()
+            line = (
+                f"mkdir -p {quoting.word(folder)} && cd {quoting.word(folder)} && {feed} | {run}"
+            )
+            answer = host.run(line, deadline_s)
+            return Answer(began_at[name], time.time(), answer.output, answer.errors)
+
+        answers = self.fleet().each(list(questions), put, deadline_s)
+        return {
+            name: Answer(began_at[name], time.time(), problem=answer.message)
+            if isinstance(answer, RemoteError)
+            else answer
+            for name, answer in answers.items()
+        }
+
     def close(self) -> None:
         if self._fleet is not None:
             self._fleet.close()
             self._fleet = None
 
     def _base(self, allocation: Allocation, node: str) -> str:
+        return posixpath.join(self._home(node), _relative_base(allocation, node))
+
+    def _home(self, node: str) -> str:
         home = self._homes.get(node)
         if home is None:
             home = self._homes[node] = self.fleet().hosts[node].home()
-        return posixpath.join(home, _relative_base(allocation, node))
+        return home
 
     def _keep_logs(self, allocation: Allocation, host: Host) -> None:
         """Fetch the end of every log, and the last report: the host keeps nothing of ours."""

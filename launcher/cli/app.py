@@ -191,6 +191,73 @@ def nodes(
 
 
 @app.command()
+def preflight(
+    node: Annotated[
+        list[str] | None, typer.Argument(help="Nodes, folded or not; all of the pool otherwise.")
+    ] = None,
+    file: SpecFile = None,
+    fleet: FleetOption = None,
+    level: Annotated[
+        str, typer.Option(help="passive (2 s), quick (30 s), fabric (60 s) or deep.")
+    ] = "quick",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Value, threshold and source of every finding.")
+    ] = False,
+    record: Annotated[
+        Path | None, typer.Option("--record", help="Keep the raw evidence in this folder.")
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option("--replay", help="Judge a recording instead of live nodes.")
+    ] = None,
+    thresholds: Annotated[
+        Path | None, typer.Option("--thresholds", help="Other limits for --replay (YAML).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check nodes before they take work; exits 3 when one is unfit."""
+    from launcher.cli import preflight as command
+
+    flags = {"name": fleet} if fleet else {}
+    code = command.run(
+        file,
+        flags,
+        node or [],
+        level=level,
+        explain=explain,
+        record_to=record,
+        replay_from=replay,
+        thresholds=thresholds,
+        as_json=as_json,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def cordon(
+    node: Annotated[list[str], typer.Argument(help="Nodes, folded or not.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why, for whoever reads it later.")],
+    file: SpecFile = None,
+) -> None:
+    """Take nodes out of use for new work. What serves there goes on."""
+    from launcher.cli import preflight as command
+
+    raise typer.Exit(command.cordon(file, {}, node, reason))
+
+
+@app.command()
+def uncordon(
+    node: Annotated[list[str], typer.Argument(help="Nodes, folded or not.")],
+    file: SpecFile = None,
+    force: Annotated[bool, typer.Option("--force", help="Without a preflight.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Let nodes take work again, once they pass a preflight."""
+    from launcher.cli import preflight as command
+
+    raise typer.Exit(command.uncordon(file, {}, node, force=force, as_json=as_json))
+
+
+@app.command()
 def down(file: SpecFile = None, fleet: FleetOption = None, as_json: Json = False) -> None:
     """Stop everything of this fleet and nothing else."""
     from launcher import fleets

@@ -20,10 +20,7 @@ def fleet_screen(status: Status, now: float) -> str:
         rows = [["REPLICA", "GEN", "PHASE", "NODES", "SINCE"]]
         rows += [_replica_row(replica, now) for replica in status.replicas]
         lines.append(table(rows))
-    for replica in status.replicas:
-        for node in replica.nodes:
-            if node.phase == "lost":
-                lines.append(f"lost {node.node} ({replica.name}) {ago(node.lost_since, now)} ago")
+    lines += _events(status, now)
     if status.error:
         place = f"{status.error.where}: " if status.error.where else ""
         lines.append(f"error: {place}{status.error.message}")
@@ -36,6 +33,20 @@ def fleet_screen(status: Status, now: float) -> str:
     elif status.phase in ("stopped", "failed") and status.finished:
         lines.append(f"{status.phase}; `launcher up` starts it again")
     return "\n".join(lines)
+
+
+def _events(status: Status, now: float) -> list[str]:
+    """What happened to nodes: who was lost, swapped, cordoned."""
+    lines = []
+    for replica in status.replicas:
+        for node in replica.nodes:
+            if node.phase == "lost":
+                lines.append(f"lost {node.node} ({replica.name}) {ago(node.lost_since, now)} ago")
+        lines += [f"{replica.name}: {event}" for event in replica.story]
+    for held in status.cordoned:
+        word = "quarantined" if held.kind == "quarantine" else "cordoned"
+        lines.append(f"cordoned {held.node}: {held.reason} ({word} {ago(held.at, now)} ago)")
+    return lines
 
 
 def fleets_screen(statuses: list[Status], now: float) -> str:

@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from inventory import nodeset
-from launcher import fleets
+from launcher import cordons, fleets
 from launcher.cli import output, screens
 from launcher.context import Ground, make_ground
 from launcher.errors import UsageError
 from launcher.files import make_private, write_text
 from launcher.paths import FleetPaths
-from launcher.plan import Allocate, make_plan, new_record
+from launcher.plan import make_plan, new_record
 from launcher.record import ReplicaRecord
 from launcher.snapshot import AllocationView, ReplicaView, Snapshot
 from launcher.specfile import check_model_folder, load
+from launcher.steps import Allocate
 from launcher.wish import is_driven, next_run, read_record, read_wish
 
 
@@ -101,13 +102,18 @@ def nodes(file: Path | None, flags: dict[str, Any], *, as_json: bool) -> int:
         pool = backend.pool()
     finally:
         backend.close()
+    held = cordons.read(backend.kind).cordons
     if as_json:
-        output.document({"version": 1, "pool": pool.model_dump(mode="json")})
+        told = {name: cordon.model_dump() for name, cordon in held.items()}
+        output.document({"version": 1, "pool": pool.model_dump(mode="json"), "cordons": told})
         return 0
     groups: dict[tuple[str, ...], list[str]] = {}
     for node in pool.nodes:
         gpus = f"{node.gpus} × {node.gpu_type}" if node.gpu_type else str(node.gpus)
-        key = (node.state, gpus, node.switch or node.rack or "-", node.state_reason or "-")
+        barred = held.get(node.name)
+        state = f"{node.state}, cordoned" if barred else node.state
+        reason = barred.reason if barred else node.state_reason or "-"
+        key = (state, gpus, node.switch or node.rack or "-", reason)
         groups.setdefault(key, []).append(node.name)
     rows = [["NODES", "STATE", "GPUS", "SWITCH", "REASON"]]
     rows += [[nodeset.fold(names), *key] for key, names in groups.items()]

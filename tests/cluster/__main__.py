@@ -2,6 +2,7 @@
 
 python -m tests.cluster up --nodes N | down | status | exec HOST [--user U] -- CMD…
                         kill HOST | start HOST | cut HOST | heal HOST | slow HOST RATE
+                        gpu --list | gpu HOST h100|a100|b200|none | gpu HOST INDEX FAULT
 """
 
 import argparse
@@ -9,7 +10,7 @@ import os
 import subprocess
 import sys
 
-from tests.cluster import bed
+from tests.cluster import bed, faults, hardware
 
 
 def main() -> int:
@@ -39,7 +40,12 @@ def main() -> int:
         one.add_argument("host")
         if verb == "slow":
             one.add_argument("rate", help="such as 100mbit")
+    gpu = verbs.add_parser("gpu", help="simulated GPUs: a kind for all eight, or a fault of one")
+    gpu.add_argument("--list", action="store_true", help="the faults, by name")
+    gpu.add_argument("words", nargs="*", metavar="HOST [KIND | INDEX FAULT]")
     arguments = parser.parse_args()
+    if arguments.verb == "gpu" and arguments.list:
+        return _list_faults()
     if os.geteuid() != 0:
         print("the testbed needs root: it makes network and PID namespaces", file=sys.stderr)
         return 2
@@ -55,8 +61,31 @@ def main() -> int:
             return subprocess.call(bed.on(arguments.host, *command, user=arguments.user))
         case "slow":
             bed.slow(arguments.host, arguments.rate)
+        case "gpu":
+            return _gpu(arguments.words)
         case verb:
             getattr(bed, verb)(arguments.host)
+    return 0
+
+
+def _list_faults() -> int:
+    for name, one in faults.FAULTS.items():
+        print(f"{name:16} {one.words:42} → {one.check}, {one.verdict}")
+    return 0
+
+
+def _gpu(words: list[str]) -> int:
+    match words:
+        case [host, "none"]:
+            hardware.clear(host)
+        case [host, kind] if kind in hardware.PROFILES:
+            bed.gpus(host, kind)
+        case [host, index, name] if name in faults.FAULTS:
+            bed.fault(host, int(index), name)
+        case _:
+            kinds = ", ".join(hardware.PROFILES)
+            print(f"gpu HOST {kinds} or none; gpu HOST INDEX FAULT (gpu --list)", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -7,10 +7,23 @@ import signal
 import socket
 from pathlib import Path
 
-from tests.cluster import hosts, services
+from tests.cluster import faults, hardware, hosts, services
 from tests.cluster.hosts import BED, address, names, run, wait_for
 
-NEEDED = ("ip", "nsenter", "unshare", "tc", "slurmctld", "slurmd", "munged", "ssh-keygen", "sshd")
+# Where hosts mount files of their own and the machine may have none.
+MOUNT_POINTS = (Path("/run/nvml-stand-in"), Path("/etc/ld.so.preload"))
+NEEDED = (
+    "gcc",
+    "ip",
+    "nsenter",
+    "unshare",
+    "tc",
+    "slurmctld",
+    "slurmd",
+    "munged",
+    "ssh-keygen",
+    "sshd",
+)
 
 
 def missing() -> str:
@@ -35,6 +48,10 @@ def up(count: int, *, with_slurm: bool = True) -> None:
     bed.save()
     for disk in ("/nvme0", "/nvme1"):
         Path(disk).mkdir(exist_ok=True)
+    hardware.prepare(names(count))
+    for point in MOUNT_POINTS:
+        if not point.exists():
+            point.touch() if point.name == "ld.so.preload" else point.mkdir()
     hosts.make_network(count)
     services.write_sshd(names(count))
     services.make_users(bed)
@@ -57,6 +74,8 @@ def down() -> None:
     for pid in bed.pids.values():
         if hosts.alive(pid):
             os.kill(pid, signal.SIGKILL)
+    for host in names(count):
+        hardware.stop_ticking(hardware.tree(host))
     services.stop_daemons(bed)
     services.remove_users(bed)
     services.remove_slurm_files()
@@ -64,6 +83,12 @@ def down() -> None:
     for disk in ("/nvme0", "/nvme1"):
         if Path(disk).is_dir() and not any(Path(disk).iterdir()):
             Path(disk).rmdir()
+    for point in MOUNT_POINTS:
+        with contextlib.suppress(OSError):
+            if point.is_dir():
+                point.rmdir()
+            elif point.stat().st_size == 0:
+                point.unlink()
     shutil.rmtree(BED, ignore_errors=True)
 
 
@@ -100,6 +125,38 @@ def heal(host: str) -> None:
 
 def slow(host: str, rate: str) -> None:
     hosts.slow(host, rate)
+
+
+def gpus(host: str, profile: str = "h100") -> None:
+    """Give the host eight healthy simulated GPUs of this kind, with network and disks."""
+    hardware.play(host, profile)
+
+
+def fault(host: str, index: int, name: str) -> faults.Fault:
+    return faults.give(host, index, name)
+
+
+def clock_library() -> Path:
+    """The library that shifts the wall clock of whoever loads it."""
+    library = BED / "nvml/shifted-clock.so"
+    source = Path(__file__).with_name("clock.c")
+    if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+        run("gcc", "-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl")
+    return library
+
+
+def shift_clock(host: str, library: Path, seconds: int) -> None:
+    """Every process that starts on this host from now on sees a clock that is wrong by this."""
+    tree = hardware.tree(host)
+    (tree / "nvml/clock").write_text(f"{seconds}\n")
+    (tree / "preload").write_text(f"{library}\n" if seconds else "")
+
+
+def stop_sshd(host: str, *, hang: bool) -> None:
+    """Let sshd take connections and say nothing (SIGSTOP), or go on."""
+    pid = int((BED / f"run/sshd_{host}.pid").read_text())
+    number = "STOP" if hang else "CONT"
+    run(*on(host, "kill", f"-{number}", str(pid)))
 
 
 def clear() -> None:

@@ -3,13 +3,27 @@
 # Arguments: the host's name, the testbed's folder.
 set -u
 host="$1" bed="$2"
+ulimit -n "$(ulimit -Hn)"
 hostname "$host"
 mount --make-rprivate /
 mount -t tmpfs -o size=2g,mode=1777 shm /dev/shm
 mount -t tmpfs -o size=4g,mode=1777 tmp /tmp
 mount -t tmpfs -o size=1g,mode=1777 nvme0 /nvme0
 mount -t tmpfs -o size=1g,mode=1777 nvme1 /nvme1
+# No name server is there, and that is known at once; one that does not answer costs 10 s a name.
+mount --bind "$bed/resolv.conf" /etc/resolv.conf
 mkdir -p "$bed/run/$host"
+# The host's own hardware (tests/cluster/hardware.py) where the real one would be.
+sim="$bed/sim/$host"
+mount --bind "$sim/nvml" /run/nvml-stand-in
+mount --bind "$bed/ld.so.cache" /etc/ld.so.cache
+mount --bind "$sim/pci" /sys/bus/pci/devices
+mount -t overlay overlay -o "lowerdir=$bed/sim/class:/sys/class" /sys/class
+mount --bind "$sim/infiniband" /sys/class/infiniband
+mount --bind "$sim/nvme" /sys/class/nvme
+mount -t overlay overlay -o "lowerdir=$sim/module:/sys/module" /sys/module
+mount --bind "$sim/kmsg" /dev/kmsg
+mount --bind "$sim/preload" /etc/ld.so.preload
 
 /usr/sbin/sshd -D -e -f "$bed/sshd_$host.conf" >>"$bed/sshd_$host.log" 2>&1 &
 if [ -e "$bed/with-slurm" ]; then

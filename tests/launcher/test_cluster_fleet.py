@@ -173,6 +173,7 @@ def test_a_full_disk_on_one_host_is_refused_with_exit_code_3(fleet):
     full = ("mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "full", str(base))
     base.mkdir(parents=True, exist_ok=True)
     on("h2", *full)
+    fleet.spec["backend"]["ssh"]["nodes"] = "h[1-2]"  # no other host to take its place
     try:
         code, document = fleet.up()
     finally:

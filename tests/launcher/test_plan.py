@@ -1,11 +1,13 @@
 import pytest
 
 from health.report import Finding, NodeFacts
+from inventory.ledger import Ledger
 from launcher.apply import remember
 from launcher.check import lint
 from launcher.documents import Assignment
-from launcher.plan import Allocate, Assign, Down, Fail, Note, Release, make_plan, new_record
+from launcher.plan import make_plan, new_record
 from launcher.snapshot import AllocationView
+from launcher.steps import Allocate, Assign, Down, Fail, Note, Release
 from tests.launcher.worlds import (
     NOW,
     VERSIONS,
@@ -25,7 +27,7 @@ from tests.launcher.worlds import (
 
 def plan(context, record, seen):
     made = make_plan(context, record, seen)
-    assert lint(context, record, made) == []
+    assert lint(context, record, made, Ledger()) == []
     return made
 
 
@@ -133,7 +135,7 @@ def test_healthy_nodes_that_reach_each_other_become_ranks():
 
 
 def facts(**versions):
-    return NodeFacts(versions={**VERSIONS, **versions})
+    return NodeFacts(traits={**VERSIONS, **versions})
 
 
 @pytest.mark.parametrize(
@@ -161,8 +163,8 @@ def test_an_unfit_node_refuses_the_replica_with_exit_code_3(changed, told):
 
 
 def busy_port():
-    finding = Finding(check="ports", verdict="unhealthy", message="port 1 in use")
-    return NodeFacts(findings=(finding,), versions=VERSIONS)
+    finding = Finding(check="host.ports", verdict="unhealthy", message="port 1 in use")
+    return NodeFacts(findings=(finding,), traits=VERSIONS)
 
 
 def test_a_busy_port_of_our_own_choice_moves_the_replica_to_the_next_block():
@@ -289,6 +291,6 @@ def test_a_plan_that_breaks_a_rule_is_named_by_the_linter():
     twice = Allocate("r2", 1, ("h1", "h3"))
     made = make_plan(context, record, snapshot(*serving()))
     bad = type(made)(steps=(back, twice))
-    problems = " ".join(lint(context, record, bad))
+    problems = " ".join(lint(context, record, bad, Ledger()))
     assert "would go back to 1" in problems
     assert "h1 would serve r2 and r1" in problems

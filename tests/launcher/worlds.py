@@ -4,10 +4,11 @@ from health.report import Finding, NodeFacts
 from launcher import render
 from launcher.documents import Assignment, Evidence, MemberReport, NetAddress, Report
 from launcher.layout import ModelFacts, choose_layout
-from launcher.plan import Context, new_record
+from launcher.plan import new_record
 from launcher.record import ReplicaRecord, RunRecord
 from launcher.snapshot import AllocationView, NodeView, ReplicaView, Snapshot
 from launcher.spec import FleetSpec
+from launcher.steps import Context
 
 NOW = 1_000_000.0
 VERSIONS = {"vllm": "0.32.0", "ray": "2.60.0", "torch": "2.13.0", "python": "3.11.7"}
@@ -71,7 +72,7 @@ def report(node: str, phase="idle", **changes) -> Report:
         "addresses": (address(node),),
         "heartbeat_port": 5000,
         "facts": NodeFacts(
-            findings=(Finding(check="disk", verdict="healthy", message=""),), versions=VERSIONS
+            findings=(Finding(check="disk", verdict="healthy", message=""),), traits=VERSIONS
         ),
         "checks_for": 1,
         "reach": {other: (address(other).ip,)},

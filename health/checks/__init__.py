@@ -1,0 +1,1 @@
+"""Checks: pure functions from evidence to findings, one table for each kind of evidence."""

@@ -1,0 +1,49 @@
+"""The engine's own environment and the model, as this node sees them. I/O."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+from health.engine import parse_probe
+from health.evidence import Asked, Software
+
+PROBE_TIMEOUT_S = 60.0
+_CONFIGS = ("config.json", "model.safetensors.index.json", "tokenizer_config.json")
+
+
+def read_software(asked: Asked) -> Software | None:
+    """Versions from the engine's interpreter, and a fingerprint of the model's small files."""
+    if not asked.probe_script and not asked.model_folder:
+        return None
+    versions, tail, model_error = None, "", ""
+    if asked.probe_script:
+        result = subprocess.run(
+            ["/bin/bash", asked.probe_script],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=PROBE_TIMEOUT_S,
+            check=False,
+        )
+        output = result.stdout.decode(errors="replace")
+        versions = parse_probe(output) if result.returncode == 0 else None
+        tail = output[-2000:]
+    if asked.model_folder:
+        try:
+            fingerprint = model_fingerprint(Path(asked.model_folder))
+            versions = {**versions, "model": fingerprint} if versions is not None else None
+        except OSError as error:
+            model_error = error.strerror or str(error)
+    return Software(versions=versions, tail=tail, model_error=model_error)
+
+
+def model_fingerprint(folder: Path) -> str:
+    """A short hash of the configuration and the weights' names and sizes: revision, not content.
+    Raises OSError where config.json is not there or cannot be read."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for name in _CONFIGS[1:]:
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()[:12]
