@@ -7,6 +7,7 @@ version (or given by --wheels), sent by SFTP and installed into a venv that is s
 import hashlib
 import importlib.metadata
 import json
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,8 @@ def install(fleet: Fleet, names: list[str], wheels: Path) -> dict[str, str | Rem
     total = checksum(wheels)
 
     def one(host: Host) -> str:
-        staging = f"{INSTALL_FOLDER}/wheels-{host.node.name}"
+        # Homes may be shared, and two may install at once: each sends to a folder of its own.
+        staging = f"{INSTALL_FOLDER}/wheels-{host.node.name}-{secrets.token_hex(4)}"
         home = host.home()
         for name, content in files.items():
             host.write(f"{home}/{staging}/{name}", content)

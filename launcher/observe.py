@@ -12,13 +12,17 @@ from launcher.snapshot import AllocationView, NodeView, ReplicaView, Snapshot
 
 
 class Observer:
-    """Remembers when each node was last heard of, on this process's own clock."""
+    """Remembers when each agent was last heard of, on this process's own clock.
+
+    An agent is a node in one allocation: what an earlier allocation's agent said there (its port,
+    its phase) is not true of the next one.
+    """
 
     def __init__(self, backend: Backend, pulse: Pulse | None) -> None:
         self._backend = backend
         self._pulse = pulse
-        self._beats: dict[str, tuple[int, float]] = {}
-        self._last_seen: dict[str, Seen] = {}
+        self._beats: dict[tuple[str, str], tuple[int, float]] = {}
+        self._last_seen: dict[tuple[str, str], Seen] = {}
 
     def observe(
         self,
@@ -57,26 +61,35 @@ class Observer:
             except FleetError as error:
                 seen = {node: Seen(problem=str(error)) for node in nodes}
         else:
-            seen = {node: self._last_seen.get(node, Seen()) for node in nodes}
+            seen = {node: self._last_seen.get((allocation.name, node), Seen()) for node in nodes}
         return ReplicaView(
-            view, {node: self._node(replica, node, seen[node], targets) for node in nodes}
+            view,
+            {
+                node: self._node(replica, (allocation.name, node), seen[node], targets)
+                for node in nodes
+            },
         )
 
     def _node(
-        self, replica: ReplicaRecord, node: str, seen: Seen, targets: dict[str, Target]
+        self,
+        replica: ReplicaRecord,
+        agent: tuple[str, str],
+        seen: Seen,
+        targets: dict[str, Target],
     ) -> NodeView:
         now = time.monotonic()
-        if seen.report is None and node in self._last_seen:
-            seen = Seen(self._last_seen[node].report, seen.problem, seen.ended)
+        node = agent[1]
+        if seen.report is None and agent in self._last_seen:
+            seen = Seen(self._last_seen[agent].report, seen.problem, seen.ended)
         elif seen.report is not None:
-            self._last_seen[node] = seen
+            self._last_seen[agent] = seen
         report = seen.report
         if report is None:
             return NodeView(node, problem=seen.problem)
-        beat, since = self._beats.get(node, (-1, now))
+        beat, since = self._beats.get(agent, (-1, now))
         if report.beat != beat:
             beat, since = report.beat, now
-        self._beats[node] = (beat, since)
+        self._beats[agent] = (beat, since)
         targets[node] = Target(
             tuple(address.ip for address in report.addresses),
             report.heartbeat_port,

@@ -161,7 +161,8 @@ def test_a_cordon_keeps_a_node_out_until_it_is_lifted(fleet):
 @pytest.mark.parametrize("backend", ["ssh"], indirect=True)
 def test_a_passed_preflight_lifts_a_quarantine_and_no_persons_cordon(fleet):
     bed.fault("h1", 1, "lost")
-    assert fleet.up()[0] == 0
+    code, document = fleet.up()
+    assert code == 0, document["error"]
     fleet.cli("cordon", "h4", "--reason", "mine", "-f", fleet.file)
     bed.gpus("h1")
     code, document = preflight(fleet, "--level", "quick", "h1", "h4")
