@@ -11,6 +11,8 @@ from pydantic import Field
 
 from inventory.model import Record
 
+PASSED_VALID_S = 3600.0  # the quick level's validity
+PASSED_KEPT = 200
 BRAKE_WINDOW_S = 600.0
 BRAKE_NODES = 3  # ours: with fewer it is still likely that each is broken by itself
 BRAKE_SHARE = 0.5  # of the pool; NVSentinel stops at half of the nodes within five minutes
@@ -30,12 +32,21 @@ class Cordon(Record):
     boot_id: str = ""
 
 
+class Passed(Record):
+    """A set of nodes (by boot: another boot voids it) that has shown that it can talk."""
+
+    boots: dict[str, str]
+    at: float
+
+
 class Ledger(Record):
-    """All cordons of one backend, by node, and the quarantines of late for the brake."""
+    """All cordons of one backend, by node, the quarantines of late for the brake, and the sets
+    of nodes that passed a collective check of late."""
 
     version: int = 1
     cordons: dict[str, Cordon] = Field(default_factory=dict)
     recent: tuple[Cordon, ...] = ()
+    passed: tuple[Passed, ...] = ()
 
     def with_cordon(self, cordon: Cordon) -> "Ledger":
         """A person's cordon is not replaced by a quarantine."""
@@ -47,6 +58,20 @@ class Ledger(Record):
             recent = (*recent, cordon)
         cordons = {**self.cordons, cordon.node: cordon}
         return self.model_copy(update={"cordons": cordons, "recent": recent})
+
+    def with_passed(self, passed: Passed) -> "Ledger":
+        kept = tuple(
+            one
+            for one in self.passed
+            if passed.at - one.at < PASSED_VALID_S and one.boots.keys() != passed.boots.keys()
+        )
+        return self.model_copy(update={"passed": (*kept, passed)[-PASSED_KEPT:]})
+
+    def has_passed(self, boots: dict[str, str], now: float) -> bool:
+        """Whether exactly these nodes, in these boots, passed within the hour."""
+        return any(
+            one.boots == boots and 0 <= now - one.at < PASSED_VALID_S for one in self.passed
+        )
 
     def without(self, node: str) -> "Ledger":
         cordons = {name: cordon for name, cordon in self.cordons.items() if name != node}

@@ -16,6 +16,7 @@ from launcher.steps import (
     Down,
     Fail,
     Note,
+    Pass,
     Plan,
     Quarantine,
     Release,
@@ -31,6 +32,8 @@ _BEGIN_AGAIN: dict[str, Any] = {
     "stopping_at": None,
     "release_tries": 0,
     "slots_tried": 0,
+    "ranked_at": None,
+    "rehearses": False,
     "assignments": {},
 }
 
@@ -127,6 +130,8 @@ class Executor:
                 backend.release(allocation)
             case Quarantine(cordon=cordon):
                 cordons.change(backend.kind, lambda ledger: ledger.with_cordon(cordon))
+            case Pass(passed=passed):
+                cordons.change(backend.kind, lambda ledger: ledger.with_passed(passed))
             case Fail() | Down() | Note() | Swap():
                 return
 
@@ -178,6 +183,8 @@ def remember(record: RunRecord, step: Step, now: float) -> RunRecord:
             }
         case Quarantine():
             changes = {}
+        case Pass():
+            changes = {"rehearses": False}
         case Note(changes=changes):
             pass
     after = replica.model_copy(update=changes)

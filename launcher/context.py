@@ -12,7 +12,7 @@ from launcher.backends.base import Allocation, Backend
 from launcher.documents import AgentConfig
 from launcher.errors import CapacityError, StateError
 from launcher.layout import choose_layout
-from launcher.model_folder import read_model_facts, weights_bytes
+from launcher.model_folder import read_model_facts
 from launcher.paths import FleetPaths, state_root
 from launcher.record import ReplicaRecord
 from launcher.spec import FleetSpec
@@ -82,7 +82,8 @@ def make_ground(spec: FleetSpec, paths: FleetPaths, *, check: bool) -> Ground:
         backend.check()
     pool = backend.pool()
     gpus = spec.gpus_per_node or min((node.gpus for node in pool.nodes if node.gpus), default=1)
-    layout = choose_layout(spec, gpus, read_model_facts(spec.model))
+    facts = read_model_facts(spec.model)
+    layout = choose_layout(spec, gpus, facts)
     wanted = spec.nodes * spec.replicas
     barred: set[str] = set()
     if check:  # a fleet that runs keeps its nodes, whoever was cordoned since
@@ -107,7 +108,7 @@ def make_ground(spec: FleetSpec, paths: FleetPaths, *, check: bool) -> Ground:
         gpus_per_node=gpus,
         secret_names=secret_names,
         weights_folders={node.name: node.nvme for node in pool.nodes},
-        weights_bytes=weights_bytes(spec.model),
+        weights_bytes=facts.weights_bytes,
     )
     return Ground(spec, backend, context, paths)
 

@@ -83,6 +83,15 @@ class Command(BaseModel):
     after_port: int | None = None
 
 
+class Rehearsal(BaseModel):
+    """A collective check in the engine's own environment, beside the engine's start."""
+
+    model_config = ConfigDict(frozen=True)
+    script: str
+    order: str
+    timeout_s: float
+
+
 class Member(BaseModel):
     """What this node is in one generation of a replica, exact enough to need no decision."""
 
@@ -102,6 +111,7 @@ class Member(BaseModel):
     start_timeout_s: int
     peers: tuple[Peer, ...]
     guard_port: int
+    rehearsal: Rehearsal | None = None
 
     @property
     def scope(self) -> str:
@@ -146,6 +156,7 @@ class MemberReport(BaseModel):
     processes: dict[str, int] = Field(default_factory=dict)
     first_token_at: float | None = None
     waiting_for: str = ""
+    rehearsed: str | None = None  # what the collective check printed, once it has ended
 
 
 class Report(Document):

@@ -45,12 +45,3 @@ def read_model_facts(model: str) -> ModelFacts:
 def _count(config: dict[str, object], key: str) -> int | None:
     value = config.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def weights_bytes(model: str) -> int | None:
-    """The size of a model folder's weights; None where it is not a folder that we can see."""
-    files = [path for kind in ("*.safetensors", "*.bin") for path in Path(model).glob(kind)]
-    try:
-        return sum(path.stat().st_size for path in files) or None
-    except OSError:
-        return None

@@ -5,7 +5,7 @@ exact that the executor has no choices. The plan of a fleet that is as it should
 """
 
 from health.report import NodeFacts
-from launcher import addresses, ports, render
+from launcher import addresses, ports, rehearsal, render
 from launcher.documents import Assignment, Checks, Member, Peer, Report
 from launcher.fitness import judge_set
 from launcher.record import Failure, ReplicaRecord, RunRecord
@@ -22,7 +22,7 @@ from launcher.steps import (
     Release,
     Step,
 )
-from launcher.swap import plan_swap
+from launcher.swap import plan_rehearsed, plan_swap
 from launcher.verdicts import first_failure, is_lost, replica_phase
 
 # A node that does not confirm its end is fenced by its peers' leases within 15 s; what it runs
@@ -103,7 +103,7 @@ def _plan_replica(
         return [Note(replica.name, changes)], ["agents"]
     if replica.ranked_at is None:
         return _plan_preflight(context, run, replica, view, snapshot)
-    return _plan_watch(context, replica, view, snapshot.now)
+    return _plan_watch(context, run, replica, view, snapshot)
 
 
 def _choose_nodes(
@@ -207,16 +207,22 @@ def _plan_preflight(
             )
             return [Fail(replica.name, failure)], []
         return [], ["the nodes to hear each other over the network"]
-    steps = _rank(context, replica, reports, chosen)
-    return [
-        *steps,
-        Note(replica.name, {"ranked_at": now, "generation": replica.generation + 1}),
-    ], ["the engine"]
+    rehearses = rehearsal.wanted(context, replica, reports, snapshot)
+    steps = _rank(context, replica, reports, chosen, rehearses=rehearses)
+    changes = {
+        "ranked_at": now,
+        "generation": replica.generation + 1,
+        "rehearses": rehearses,
+    }
+    return [*steps, Note(replica.name, changes)], ["the engine"]
 
 
 def _plan_watch(
-    context: Context, replica: ReplicaRecord, view: ReplicaView, now: float
+    context: Context, run: RunRecord, replica: ReplicaRecord, view: ReplicaView, snapshot: Snapshot
 ) -> _Result:
+    if replica.rehearses and (found := plan_rehearsed(context, run, replica, view, snapshot)):
+        return found
+    now = snapshot.now
     if replica_phase(replica, view) == "serving":
         return ([] if replica.serving_at else [Note(replica.name, {"serving_at": now})]), []
     leader = view.nodes[replica.nodes[0]].report
@@ -248,7 +254,8 @@ def _plan_down(replica: ReplicaRecord, view: ReplicaView, now: float, drain_s: i
         and node in view.nodes
         and not is_lost(view.nodes[node])
     ]
-    if replica.failure is None and waited < drain_s + LEADER_FIRST_S:
+    in_order = replica.failure is None and replica.intent == "down"
+    if in_order and waited < drain_s + LEADER_FIRST_S:
         # The leader's API server ends its requests and its engine while the others still answer.
         leader = replica.nodes[0] if replica.nodes else ""
         report = view.nodes[leader].report if leader in view.nodes else None
@@ -343,10 +350,15 @@ def _rank(
     replica: ReplicaRecord,
     reports: dict[str, Report],
     chosen: dict[str, addresses.Choice],
+    *,
+    rehearses: bool,
 ) -> list[Step]:
     steps: list[Step] = []
     leader = replica.nodes[0]
     leader_ports = ports.block(replica.slot, None) | {"api": _api_port(context, replica)}
+    shown = {}
+    if rehearses:
+        shown = rehearsal.rehearsals(context, replica, chosen, leader_ports["collective"])
     for rank, node in enumerate(replica.nodes):
         guard = ports.block(replica.slot + _offset(context, rank), None)["guard"]
         others = [leader, *replica.nodes] if rank else list(replica.nodes)
@@ -375,6 +387,7 @@ def _rank(
             start_timeout_s=context.spec.limits.start,
             peers=peers,
             guard_port=guard,
+            rehearsal=shown.get(node),
         )
         assignment = Assignment(revision=replica.revision_of(node) + 1, goal="rank", member=member)
         steps.append(Assign(replica.name, node, assignment))
@@ -384,7 +397,8 @@ def _rank(
 def _stopped(replica: ReplicaRecord, node: str, drain_s: int) -> Assignment:
     # Requests end on the leader. When it is gone a follower has nothing to end in order, and Ray's
     # worker would wait half a minute for the head that is no more.
-    grace_s = 5 if replica.failure else drain_s if node == replica.nodes[0] else FOLLOWER_GRACE_S
+    at_once = replica.failure is not None or replica.intent == "swap"
+    grace_s = 5 if at_once else drain_s if node == replica.nodes[0] else FOLLOWER_GRACE_S
     return Assignment(
         revision=replica.revision_of(node) + 1,
         goal="stopped",

@@ -41,6 +41,7 @@ class ReplicaRecord(BaseModel):
     running_at: float | None = None
     ranked_at: float | None = None
     serving_at: float | None = None
+    rehearses: bool = False  # a collective check runs beside the engine's start
     stopping_at: float | None = None
     released: bool = False
     release_tries: int = 0

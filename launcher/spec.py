@@ -214,6 +214,7 @@ class FleetSpec(Section):
     runtime: Runtime = Runtime()
     interface: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:\-]{1,15}$")] = "auto"
     port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    preflight: Literal["passive", "quick"] = "quick"
     limits: Limits = Limits()
     backend: Annotated[Backend, BeforeValidator(_short_backend)] = Backend(local=LocalBackend())
 
@@ -261,7 +262,7 @@ def _check_environment_name(name: str) -> None:
 
 
 # Keys that may change while the fleet runs; every other difference needs new engines.
-CHANGES_IN_PLACE = frozenset({"limits"})
+CHANGES_IN_PLACE = frozenset({"limits", "preflight"})
 
 
 def differences(old: FleetSpec, new: FleetSpec) -> list[str]:

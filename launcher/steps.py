@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from inventory.ledger import Cordon
+from inventory.ledger import Cordon, Passed
 from launcher.documents import Assignment
 from launcher.layout import Layout
 from launcher.record import Failure
@@ -77,7 +77,15 @@ class Swap:
     story: str
 
 
-Step = Allocate | Assign | Fail | Down | Release | Note | Quarantine | Swap
+@dataclass(frozen=True)
+class Pass:
+    """Remember that these nodes can talk with each other."""
+
+    replica: str
+    passed: Passed
+
+
+Step = Pass | Allocate | Assign | Fail | Down | Release | Note | Quarantine | Swap
 
 
 @dataclass(frozen=True)

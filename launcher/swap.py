@@ -1,11 +1,13 @@
 """A node is unfit: is it swapped for another one, or is the fleet refused? Pure."""
 
-from inventory.ledger import Cordon
+from inventory.ledger import Cordon, Passed
+from launcher import rehearsal
 from launcher.documents import Report
 from launcher.fitness import Unfit
 from launcher.record import Failure, ReplicaRecord, RunRecord
-from launcher.snapshot import Snapshot
-from launcher.steps import Context, Fail, Quarantine, Step, Swap
+from launcher.snapshot import ReplicaView, Snapshot
+from launcher.steps import Context, Fail, Note, Pass, Quarantine, Step, Swap
+from launcher.verdicts import replica_phase
 
 SWAPS_MAX = 3
 
@@ -39,6 +41,44 @@ def plan_swap(
     names = ", ".join(unfit.blamed)
     story = f"{names} swapped out by preflight: {unfit.message}"
     return [*steps, Swap(replica.name, story)], [f"another node for {names}"]
+
+
+def plan_rehearsed(
+    context: Context,
+    run: RunRecord,
+    replica: ReplicaRecord,
+    view: ReplicaView,
+    snapshot: Snapshot,
+) -> tuple[list[Step], list[str]] | None:
+    """What the collective check says of the nodes; None while it says nothing yet."""
+    said = rehearsal.verdict(context, replica, view, snapshot.now)
+    if said is None:
+        return None
+    if isinstance(said, str):
+        story = (*replica.story, f"the collective check did not run: {said}")
+        return [Note(replica.name, {"rehearses": False, "story": story})], []
+    bad = {
+        node: finding
+        for node, findings in said.findings.items()
+        for finding in findings[:1]
+        if finding.verdict == "unhealthy"
+    }
+    reports = {
+        node: seen.report
+        for node in replica.nodes
+        if (seen := view.nodes.get(node)) is not None and seen.report is not None
+    }
+    if not bad:
+        boots = {node: report.boot_id for node, report in reports.items()}
+        return [Pass(replica.name, Passed(boots=boots, at=snapshot.now))], []
+    node, finding = next(iter(bad.items()))
+    if replica_phase(replica, view) == "serving":
+        # It serves all the same: what it does is known better than what a check foretold.
+        told = f"{node or 'the network'} is doubtful: {finding.message}"
+        return [Note(replica.name, {"rehearses": False, "story": (*replica.story, told)})], []
+    blamed = {node: finding for node, finding in bad.items() if node in reports}
+    where = f"node {node}, check collective" if node else "check collective"
+    return plan_swap(context, run, replica, Unfit(blamed, finding, where), reports, snapshot)
 
 
 def _why_not(

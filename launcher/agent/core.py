@@ -151,7 +151,8 @@ class Agent:
         if self.engine is None:
             leader = next((p.node for p in member.peers), None) if member.rank else None
             self.heart.hold(member.scope, member.peers, leader)
-            self.engine = Engine(member, self._surroundings(), self.reaper)
+            has_gpus = bool(self.watch.facts and self.watch.facts.gpus)
+            self.engine = Engine(member, self._surroundings(), self.reaper, has_gpus)
             self.engine.start()
 
     def _take_loss(self, engine: Engine) -> None:
@@ -252,6 +253,7 @@ class Agent:
             processes=self.engine.pids,
             first_token_at=ready,
             waiting_for=self.engine.waiting_for,
+            rehearsed=self.engine.rehearsed,
         )
 
     def _surroundings(self) -> Surroundings:

@@ -20,6 +20,7 @@ from health.probes.host import busy_ports
 from launcher.agent import lastwords, processes
 from launcher.agent.probe import TokenProbe
 from launcher.agent.processes import SCRATCH_MARK, Reaper, scratch_root
+from launcher.agent.rehearsing import Rehearsing
 from launcher.documents import Evidence, Member
 from launcher.files import make_private, read_tail, write_text
 from launcher.ports import to_check
@@ -56,6 +57,7 @@ class Engine:
     member: Member
     around: Surroundings
     reaper: Reaper
+    has_gpus: bool = False
     evidence: Evidence | None = None
     gone: bool = False
     probe: TokenProbe | None = None
@@ -67,6 +69,7 @@ class Engine:
     _segments: set[int] = field(default_factory=set)
     _scanned_at: float = 0.0
     _guard: socket.socket | None = None
+    _rehearsal: Rehearsing | None = None
     _told: set[str] = field(default_factory=set)
 
     @property
@@ -94,6 +97,9 @@ class Engine:
             key = self.around.secrets.get("api_key", "")
             self.probe = TokenProbe(host, port, member.served_model, key)
             self.probe.start()
+        if member.rehearsal:
+            environment = self._environment("collective")
+            self._rehearsal = Rehearsing(member.rehearsal, self.scratch, environment, self.reaper)
         self._start_ready_commands()
 
     def poll(self) -> None:
@@ -150,10 +156,16 @@ class Engine:
 
     @property
     def waiting_for(self) -> str:
+        if self._pending and self.has_gpus and self._rehearses():
+            return "the collective check"
         if self._pending:
             command = self.member.commands[self._pending[0]]
             return f"the leader's port {command.after_port}, to start {command.name}"
         return self.probe.waiting_for if self.probe else ""
+
+    @property
+    def rehearsed(self) -> str | None:
+        return self._rehearsal.printed if self._rehearsal else None
 
     @property
     def pids(self) -> dict[str, int]:
@@ -162,6 +174,8 @@ class Engine:
     def _start_ready_commands(self) -> None:
         while self._pending:
             command = self.member.commands[self._pending[0]]
+            if self.has_gpus and command.name != "ray-head" and self._rehearses():
+                return  # both would want the GPUs' memory; Ray starts meanwhile
             if command.after_port and not _listens(self.member.leader_address, command.after_port):
                 return
             self._pending.pop(0)
@@ -178,6 +192,9 @@ class Engine:
                 self._fail("error", f"cannot start: {error.strerror}", process=command.name)
                 return
             self._processes.append(_Process(command.name, child, log))
+
+    def _rehearses(self) -> bool:
+        return self._rehearsal is not None and self._rehearsal.printed is None
 
     def _environment(self, command: str) -> dict[str, str]:
         member, around = self.member, self.around

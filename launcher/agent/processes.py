@@ -62,21 +62,25 @@ class Reaper:
         return child
 
     def run(
-        self, arguments: list[str], environment: dict[str, str], timeout_s: float
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        timeout_s: float,
+        question: bytes = b"",
     ) -> tuple[int, str]:
         """Run a short child to its end; (exit code, output), 124 when it was killed for time."""
         with self._lock:
             child = subprocess.Popen(
                 arguments,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
             self._own[child.pid] = child
         try:
-            output, _ = child.communicate(timeout=timeout_s)
+            output, _ = child.communicate(question, timeout=timeout_s)
             code = child.returncode
         except subprocess.TimeoutExpired:
             signal_group(child.pid, signal.SIGKILL)

@@ -31,6 +31,9 @@ Pipeline = Annotated[int | None, typer.Option(help="Pipeline-parallel size.")]
 Data = Annotated[int | None, typer.Option(help="Data-parallel size.")]
 GpusPerNode = Annotated[int | None, typer.Option(help="GPUs that a replica uses on each node.")]
 Port = Annotated[int | None, typer.Option(help="Port of the first replica's API server.")]
+Preflight = Annotated[
+    str | None, typer.Option("--preflight", help="quick (with a collective check) or passive.")
+]
 
 
 def _flags(
@@ -76,6 +79,7 @@ def up(
     data: Data = None,
     gpus_per_node: GpusPerNode = None,
     port: Port = None,
+    preflight: Preflight = None,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Do not wait until it serves.")
     ] = False,
@@ -87,6 +91,8 @@ def up(
     flags = _flags(
         fleet, model, nodes, replicas, executor, tensor, pipeline, data, gpus_per_node, port
     )
+    if preflight:
+        flags["preflight"] = preflight
     _watched(lambda: command.up(file, flags, wait=not no_wait, as_json=as_json))
 
 
