@@ -15,9 +15,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class NoPath:
-    """No network joins all nodes, as far as they have found out."""
+    """No network joins all nodes, as far as they have found out. is_final: nor will one, ever."""
 
     message: str
+    is_final: bool = False
 
 
 def choose(
@@ -48,7 +49,7 @@ def choose(
     if not complete and len(found) > 1:
         complete = _across_networks(candidates, found)
     if not complete:
-        return NoPath(_why_not(wanted, found))
+        return _why_not(wanted, found)
 
     def preference(item: tuple[str, dict[str, Choice]]) -> tuple[int, str, str]:
         network, by_node = item
@@ -78,10 +79,11 @@ def _reached_by_all(
     return all(ip in reach.get(peer, {}).get(node, ()) for peer in found if peer != node)
 
 
-def _why_not(wanted: str, found: Mapping[str, Sequence[NetAddress]]) -> str:
+def _why_not(wanted: str, found: Mapping[str, Sequence[NetAddress]]) -> NoPath:
     if wanted != "auto":
         without = [n for n, all_ in found.items() if all(a.interface != wanted for a in all_)]
         if without:
-            return f"no interface {wanted} with an IPv4 address on {', '.join(without)}"
-        return f"the nodes do not reach each other over {wanted}"
-    return "no network was found over which all nodes reach each other"
+            where = ", ".join(without)
+            return NoPath(f"no interface {wanted} with an IPv4 address on {where}", is_final=True)
+        return NoPath(f"the nodes do not reach each other over {wanted}")
+    return NoPath("no network was found over which all nodes reach each other")

@@ -6,8 +6,10 @@ own fault or by a majority of the others; where nobody can be blamed the set is 
 
 from dataclasses import dataclass
 
+from health.clock import clock_finding
 from health.parity import compare
 from health.report import Finding, NodeFacts
+from health.thresholds import Thresholds
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,14 @@ class Unfit:
         return device + self.finding.message
 
 
-def judge_set(facts: dict[str, NodeFacts]) -> Unfit | None:
-    """The first reason against this set (node → what it found out), or None if it is fit."""
+def judge_set(facts: dict[str, NodeFacts], began_at: float, now: float) -> Unfit | None:
+    """The first reason against this set (node → what it found out), or None if it is fit.
+
+    The nodes looked at themselves between began_at and now, by our clock.
+    """
     blamed = {node: found.unfit[0] for node, found in facts.items() if found.unfit}
+    for node, finding in _wrong_clocks(facts, began_at, now).items():
+        blamed.setdefault(node, finding)
     unfair: Finding | None = None
     for odd in compare({node: found.traits for node, found in facts.items()}):
         if odd.finding.verdict != "unhealthy":
@@ -44,17 +51,22 @@ def judge_set(facts: dict[str, NodeFacts]) -> Unfit | None:
     return None
 
 
-def warnings(facts: dict[str, NodeFacts]) -> tuple[str, ...]:
-    """What does not refuse a node but should be known, as sentences."""
-    told = [
-        f"{node}: {finding.device + ': ' if finding.device else ''}{finding.message}"
+def _wrong_clocks(facts: dict[str, NodeFacts], began_at: float, now: float) -> dict[str, Finding]:
+    """Nodes whose clock is wrong; where all of them disagree with us, ours is."""
+    limit_s = Thresholds().clock_offset_s_max
+    wrong = {
+        node: finding
         for node, found in facts.items()
-        for finding in found.findings
-        if finding.verdict in ("degraded", "unknown")
+        if found.taken_at
+        and (finding := clock_finding(found.taken_at, began_at, now, limit_s)) is not None
+    }
+    return wrong if len(wrong) < len(facts) else {}
+
+
+def doubts(facts: NodeFacts) -> list[str]:
+    """What does not keep a node from serving but should be known, as sentences."""
+    return [
+        f"{finding.device + ': ' if finding.device else ''}{finding.message}"
+        for finding in facts.findings
+        if finding.verdict != "healthy"
     ]
-    told += [
-        f"{', '.join(odd.nodes)}: {odd.finding.message}"
-        for odd in compare({node: found.traits for node, found in facts.items()})
-        if odd.finding.verdict == "degraded"
-    ]
-    return tuple(told)

@@ -186,7 +186,7 @@ def _plan_preflight(
     ]
     if waiting:
         return [], [f"preflight on {', '.join(waiting)}"]
-    if unfit := judge_set(_facts(replica, reports)):
+    if unfit := judge_set(_facts(replica, reports), replica.running_at or now, now):
         return plan_swap(context, run, replica, unfit, reports, snapshot)
     chosen = addresses.choose(
         context.spec.interface,
@@ -196,7 +196,7 @@ def _plan_preflight(
     )
     if isinstance(chosen, addresses.NoPath):
         asked_at = replica.running_at or now
-        if now - asked_at > context.spec.limits.agents:
+        if chosen.is_final or now - asked_at > context.spec.limits.agents:
             failure = Failure(
                 code="preflight",
                 exit_code=3,

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from launcher.documents import Document
+from launcher.fitness import doubts
 from launcher.record import Failure, ReplicaRecord, RunRecord
 from launcher.snapshot import NodeView, ReplicaView, Snapshot
 from launcher.verdicts import endpoint_of, is_lost, node_phase, replica_phase
@@ -17,6 +18,7 @@ class NodeStatus(BaseModel):
     since: float | None = None
     waiting_for: str = ""
     lost_since: float | None = None
+    doubts: list[str] = Field(default_factory=list)
 
 
 class ReplicaStatus(BaseModel):
@@ -195,4 +197,5 @@ def _node(record: ReplicaRecord, rank: int, node: str, view: NodeView | None) ->
         phase=node_phase(view),
         since=report.since,
         waiting_for=report.member.waiting_for if report.member else "",
+        doubts=doubts(latest) if (latest := report.health or report.facts) else [],
     )

@@ -23,7 +23,13 @@ def state_dir(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def fake_engine(tmp_path_factory):
+def fake_engine():
+    folder = make_fake_engine()
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_fake_engine() -> Path:
     """A venv-like folder whose vllm and ray are the fakes; its path works on every host."""
     folder = ROOT / ".testbed-engine"
     shutil.rmtree(folder, ignore_errors=True)
@@ -33,8 +39,7 @@ def fake_engine(tmp_path_factory):
     (folder / "python").write_text(str(system) if system.exists() else sys.executable)
     for program in (folder / "bin").iterdir():
         program.chmod(program.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 @pytest.fixture

@@ -99,13 +99,12 @@ def _memlock(host: Host, ground: Ground) -> Iterator[Said]:
     limit = ground.limits.memlock_bytes_min
     if host.memlock_bytes is None or host.memlock_bytes >= limit:
         return
-    # Only RDMA pins memory in such amounts; without it the limit is a remark.
     fabric = ground.evidence.infiniband
-    needed = bool(fabric and fabric.ports)
-    message = f"memlock limit is {host.memlock_bytes // 1024} KiB"
+    if not fabric or not fabric.ports:
+        return  # only RDMA pins memory in such amounts
     yield Said(
-        _machine_wide(ground) if needed else "degraded",
-        message,
+        _machine_wide(ground),
+        f"memlock limit is {host.memlock_bytes // 1024} KiB",
         host.memlock_bytes,
         "unlimited",
         "fix configuration",

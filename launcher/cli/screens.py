@@ -36,13 +36,17 @@ def fleet_screen(status: Status, now: float) -> str:
 
 
 def _events(status: Status, now: float) -> list[str]:
-    """What happened to nodes: who was lost, swapped, cordoned."""
+    """What happened to nodes: who was lost, swapped, cordoned, and whose health is in doubt."""
     lines = []
+    doubtful: dict[str, list[str]] = {}
     for replica in status.replicas:
         for node in replica.nodes:
             if node.phase == "lost":
                 lines.append(f"lost {node.node} ({replica.name}) {ago(node.lost_since, now)} ago")
+            for doubt in node.doubts if status.phase != "stopped" else ():
+                doubtful.setdefault(doubt, []).append(node.node)
         lines += [f"{replica.name}: {event}" for event in replica.story]
+    lines += [f"doubtful {nodeset.fold(names)}: {doubt}" for doubt, names in doubtful.items()]
     for held in status.cordoned:
         word = "quarantined" if held.kind == "quarantine" else "cordoned"
         lines.append(f"cordoned {held.node}: {held.reason} ({word} {ago(held.at, now)} ago)")

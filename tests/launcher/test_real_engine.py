@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster import bed
+from tests.cluster import bed, hardware
 from tests.conftest import ROOT, Cli
 from tests.launcher.fleets import FleetUnderTest, ask, engine_processes, eventually
 
@@ -88,6 +88,73 @@ def test_a_rank_that_dies_takes_the_real_engine_down_everywhere_within_15_s(
         bed.repair(wait_idle=False)
         fleet.down()
         bed.repair()
+
+
+@pytest.mark.acceptance
+@pytest.mark.usefixtures("engine_ready", "bootstrapped")
+@pytest.mark.parametrize(("backend", "fault"), [("ssh", "remap-failed"), ("slurm", "nvlink")])
+def test_up_swaps_an_unfit_node_and_the_real_engine_serves_on_the_others(
+    backend, fault, shared_dir, shared_cli
+):
+    for host in ("h1", "h2", "h3", "h4"):
+        bed.gpus(host)
+    bed.fault("h1", 3, fault)
+    name = f"s-{backend}-{fault}"
+    fleet = _fleet(name, backend, "mp", {"pipeline": 2}, "fork", shared_dir, shared_cli)
+    try:
+        code, document = fleet.up("--nodes", "2", timeout=400)
+        assert code == 0, document["error"]
+        nodes = [node["node"] for node in document["replicas"][0]["nodes"]]
+        assert "h1" not in nodes
+        assert [held["node"] for held in document["cordoned"]] == ["h1"]
+        assert ask(document, tokens=4)
+    finally:
+        fleet.down()
+        for host in ("h1", "h2", "h3", "h4"):
+            hardware.clear(host)
+
+
+@pytest.mark.usefixtures("engine_ready", "bootstrapped")
+def test_a_slow_link_is_named_by_collectives_in_the_engines_own_environment(
+    shared_dir, shared_cli
+):
+    """The other links run at ten times the rate; the slow one is no fault of its neighbours."""
+    fleet = _fleet("c-slow", "ssh", "mp", {"pipeline": 2}, "fork", shared_dir, shared_cli)
+    hosts = ("h1", "h2", "h3", "h4")
+    for host in hosts:
+        bed.slow(host, "100mbit" if host == "h3" else "1gbit")
+    try:
+        looked = fleet.cli("preflight", "-f", fleet.file, "--level", "fabric", "--json")
+    finally:
+        for host in hosts:
+            bed.heal(host)
+    assert looked.returncode == 3, looked.stderr
+    nodes = json.loads(looked.stdout)["nodes"]
+    unfit = {node for node in hosts if nodes[node]["verdict"] == "unhealthy"}
+    assert unfit == {"h3"}
+    (finding,) = [f for f in nodes["h3"]["findings"] if f["check"] == "collective"]
+    assert "to its neighbours" in finding["message"]
+
+
+@pytest.mark.usefixtures("engine_ready", "bootstrapped")
+def test_a_link_cut_in_the_middle_of_a_collective_check_names_its_host(shared_dir, shared_cli):
+    fleet = _fleet("c-cut", "ssh", "mp", {"pipeline": 2}, "fork", shared_dir, shared_cli)
+    looking = fleet.cli.start("preflight", "-f", fleet.file, "--level", "fabric", "--json")
+    try:
+        assert eventually(lambda: _meets("h2"), 60)
+        bed.cut("h2")
+        output, _ = looking.communicate(timeout=200)
+    finally:
+        bed.repair()
+    assert looking.returncode == 3
+    nodes = json.loads(output)["nodes"]
+    assert {node for node in nodes if nodes[node]["verdict"] == "unhealthy"} == {"h2"}
+
+
+def _meets(host: str) -> bool:
+    """Whether a worker of the collective check runs on this host."""
+    seen = subprocess.run(bed.on(host, "ps", "-eo", "args"), capture_output=True, text=True)
+    return "LAUNCHER-COLLECTIVE" in seen.stdout
 
 
 def _fleet(name, backend, executor, parallelism, start, shared_dir, shared_cli) -> FleetUnderTest:
