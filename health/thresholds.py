@@ -87,6 +87,9 @@ class Thresholds(BaseModel):
     read_rate_ratio_min: float = Field(
         default=0.7, description="ours, against the median of the peers' drives"
     )
+    compute_ratio_min: float = Field(
+        default=0.9, description="ours, against the median of the set; SuperBench uses 0.95"
+    )
     bandwidth_ratio_min: float = Field(
         default=0.7,
         description="ours, against the median of the pairs; SuperBench uses 0.95 on one class",

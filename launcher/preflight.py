@@ -4,13 +4,15 @@ The same judging serves a live look and recorded evidence (`--record`, `--replay
 thresholds can be tried on last month's faults.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from health import deep
 from health.checks.base import Needs
 from health.clock import clock_finding
 from health.collective import rounds as collective
@@ -38,6 +40,7 @@ PASSIVE_DEADLINE_S = 25.0
 PROBE_DEADLINE_S = 90.0
 # A cold import of torch from a shared file system takes half a minute.
 ASSEMBLE_S, ROUND_S = 40.0, 5.0
+BURN_S, BURN_DEADLINE_S = 60.0, 300.0
 
 
 class Taken(BaseModel):
@@ -68,6 +71,7 @@ class RecordedSet(Document):
     weights_bytes: int | None = None
     nodes: dict[str, Taken] = Field(default_factory=dict)
     collective: Collective = Collective()
+    burned: dict[str, str] = Field(default_factory=dict)  # what the deep level printed, by node
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,10 @@ def look(ground: Ground, nodes: tuple[Node, ...], level: Level) -> Looked:
     if level == "passive":
         return looked
     fit = tuple(node for node in evidence if node not in looked.unfit)
-    meeting = _meet(ground, fit, evidence, level)
-    return conclude(recorded.model_copy(update={"collective": meeting}), evidence, Thresholds())
+    more: dict[str, Any] = {"collective": _meet(ground, fit, evidence, level)}
+    if level == "deep":
+        more["burned"] = _burn(ground, fit)
+    return conclude(recorded.model_copy(update=more), evidence, Thresholds())
 
 
 def conclude(
@@ -148,6 +154,14 @@ def conclude(
                 odd = (*odd, *(Odd(met.nodes, False, finding) for finding in found))
     elif recorded.level != "passive" and met.skipped:
         facts = _not_covered(facts, "skipped", met.skipped)
+    burned = {node: deep.parse(text) for node, text in recorded.burned.items()}
+    rates = {
+        node: one.storage.read_rate_bytes_s
+        for node, one in evidence.items()
+        if one.storage and one.storage.read_rate_bytes_s
+    }
+    for node, found in deep.conclude(burned, rates, limits).items():
+        facts[node] = facts[node].model_copy(update={"findings": (*facts[node].findings, *found)})
     return Looked(recorded, evidence, facts, odd)
 
 
@@ -270,6 +284,15 @@ def _meet(
         for node, answer in answers.items()
     }
     return Collective(nodes=nodes, per_node=per_node, rounds=chosen, printed=printed)
+
+
+def _burn(ground: Ground, nodes: tuple[str, ...]) -> dict[str, str]:
+    """Load these nodes, all at once; what each of them printed."""
+    files = {"burn.sh": ground.context.scripts["burn.sh"]}
+    order = json.dumps({"seconds": BURN_S}) + "\n"
+    asked = {node: Question("burn.sh", order, files) for node in nodes}
+    answers = ground.backend.ask(asked, BURN_DEADLINE_S)
+    return {node: answer.output or answer.errors for node, answer in answers.items()}
 
 
 def _orders(

@@ -14,6 +14,8 @@ from launcher.layout import Layout
 from launcher.spec import FleetSpec, SlurmBackend
 
 SIGNAL_LEAD_S = 120
+# Programs of ours that need the engine's torch: they travel inside their script.
+_TORCH_PROGRAMS = {"collective": "worker.py", "burn": "burn.py"}
 
 
 def template(name: str) -> str:
@@ -25,7 +27,7 @@ def engine_scripts(spec: FleetSpec, layout: Layout) -> dict[str, str]:
     """All scripts that agents run, by file name."""
     bodies = ("ray-head", "ray-worker", "serve-ray") if layout.executor == "ray" else ("serve-mp",)
     scripts = {f"{name}.sh": _engine_script(name, spec, layout) for name in bodies}
-    for name in ("engine-probe", "collective"):
+    for name in ("engine-probe", *_TORCH_PROGRAMS):
         scripts[f"{name}.sh"] = _engine_script(name, spec, layout)
     return scripts
 
@@ -65,9 +67,10 @@ def _engine_script(name: str, spec: FleetSpec, layout: Layout) -> str:
     lines += [quoting.export("LAUNCHER_DATA_PARALLEL", str(layout.data))]
     if name == "engine-probe":
         lines += [quoting.export("LAUNCHER_PROBE", PROBE)]
-    if name == "collective":
-        worker = resources.files("health.collective").joinpath("worker.py")
-        lines += [quoting.export("LAUNCHER_COLLECTIVE", worker.read_text(encoding="utf-8"))]
+    if name in _TORCH_PROGRAMS:
+        program = resources.files("health.collective").joinpath(_TORCH_PROGRAMS[name])
+        text = program.read_text(encoding="utf-8")
+        lines += [quoting.export(f"LAUNCHER_{name.upper()}", text)]
     if runtime.venv:
         lines += [quoting.export("VIRTUAL_ENV", runtime.venv)]
         lines += [f'export PATH={quoting.word(runtime.venv + "/bin")}:"$PATH"']

@@ -243,11 +243,14 @@ def cordon(
     node: Annotated[list[str], typer.Argument(help="Nodes, folded or not.")],
     reason: Annotated[str, typer.Option("--reason", help="Why, for whoever reads it later.")],
     file: SpecFile = None,
+    drain: Annotated[
+        bool, typer.Option("--drain", help="In Slurm, too (needs operator rights).")
+    ] = False,
 ) -> None:
     """Take nodes out of use for new work. What serves there goes on."""
     from launcher.cli import preflight as command
 
-    raise typer.Exit(command.cordon(file, {}, node, reason))
+    raise typer.Exit(command.cordon(file, {}, node, reason, drain=drain))
 
 
 @app.command()

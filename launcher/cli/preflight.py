@@ -58,8 +58,12 @@ def run(
     return UNFIT if looked.unfit else 0
 
 
-def cordon(file: Path | None, flags: dict[str, Any], names: list[str], reason: str) -> int:
+def cordon(
+    file: Path | None, flags: dict[str, Any], names: list[str], reason: str, *, drain: bool
+) -> int:
     scope, nodes = _named(file, flags, names)
+    if drain and scope != "slurm":
+        raise UsageError("is Slurm's; this fleet's backend has none", where="--drain")
 
     def add(ledger: Ledger) -> Ledger:
         for node in nodes:
@@ -71,6 +75,11 @@ def cordon(file: Path | None, flags: dict[str, Any], names: list[str], reason: s
 
     cordons.change(scope, add)
     output.say(f"{_fold(nodes)} cordoned: {reason}; `launcher uncordon` takes it back")
+    if drain:
+        from launcher.slurm_tools.drain import drain as drain_in_slurm
+
+        for node in nodes:
+            output.say(drain_in_slurm(node.name, reason))
     return 0
 
 
@@ -97,6 +106,10 @@ def uncordon(
         code = UNFIT if unfit else 0
     for node in wanted:
         cordons.change(scope, lambda ledger, name=node.name: ledger.without(name))  # type: ignore[misc]
+        if scope == "slurm":
+            from launcher.slurm_tools.drain import resume
+
+            output.say(resume(node.name) or f"{node.name} was not drained by us in Slurm")
     if wanted:
         output.say(f"{_fold(wanted)} takes work again")
     return code

@@ -70,7 +70,7 @@ def test_modules_stay_small(file):
 
 def test_vllm_ray_and_torch_are_launched_and_never_imported():
     for file in FILES:
-        if file.name == "worker.py":
+        if file.name in ("worker.py", "burn.py"):
             continue  # runs in the engine's own environment; nothing of ours imports it
         roots = {name.split(".")[0] for name in imports(ast.parse(file.read_text()))}
         assert not roots & {"vllm", "ray", "torch"}, file

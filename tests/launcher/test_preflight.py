@@ -264,6 +264,30 @@ def test_an_xid_while_serving_is_in_the_status_at_once_and_ends_nothing(fleet):
     assert f"doubtful {leader}: GPU" in text
 
 
+@pytest.mark.parametrize("backend", ["slurm"], indirect=True)
+def test_an_operators_cordon_drains_in_slurm_and_lifts_only_its_own(fleet):
+    def reason(node):
+        row = subprocess.run(
+            ["sinfo", "-h", "-N", "-n", node, "-o", "%T %E"], capture_output=True, text=True
+        )
+        return row.stdout.strip()
+
+    other = ["scontrol", "update", "NodeName=h4", "State=DRAIN", "Reason=dust"]
+    subprocess.run(other, check=True)
+    try:
+        done = fleet.cli("cordon", "h[3-4]", "--reason", "new 'fan'", "--drain", "-f", fleet.file)
+        assert done.returncode == 0, done.stderr
+        assert "h4 is drained in Slurm already (dust)" in done.stderr
+        assert reason("h3") == "drained launcher: new 'fan'"
+        assert reason("h4") == "drained dust"
+        lifted = fleet.cli("uncordon", "h[3-4]", "--force", "-f", fleet.file)
+        assert lifted.returncode == 0
+        assert reason("h3").startswith("idle")
+        assert reason("h4") == "drained dust"
+    finally:
+        subprocess.run(["scontrol", "update", "NodeName=h[3-4]", "State=RESUME"], check=False)
+
+
 def test_memlock_of_an_ordinary_user(bootstrapped):
     asked = json.dumps({"node": "h1"})
     python = Path("/root/.local/share/launcher")
