@@ -20,6 +20,7 @@ from health.checks.base import Needs
 from health.evidence import Asked, NodeEvidence, Xid
 from health.judge import judge
 from health.report import Finding, NodeFacts
+from health.settle import LOOKS, settle
 from launcher.agent.processes import Reaper
 from launcher.documents import Checks
 from launcher.files import write_text
@@ -42,6 +43,7 @@ class Watch:
         self._child: subprocess.Popen[bytes] | None = None
         self._xid_child: subprocess.Popen[bytes] | None = None
         self._xids: list[Xid] = []
+        self._looks: tuple[NodeFacts, ...] = ()
         self._next_at = 0.0
         self._asked_for: int | None = None
         self.revision: int | None = None  # the assignment that `facts` answers
@@ -102,8 +104,11 @@ class Watch:
                 facts = NodeFacts(findings=(broken,))
             if revision is not None:
                 self.facts, self.revision = facts, revision
-            elif self.health is None or self.health.findings != facts.findings:
-                self.health = facts
+            else:
+                self._looks = (*self._looks, facts)[-LOOKS:]
+                settled = settle(self._looks)
+                if self.health is None or self.health.findings != settled.findings:
+                    self.health = settled
 
     def _judged(self, evidence: NodeEvidence, needs: Needs) -> NodeFacts:
         if evidence.gpus and evidence.gpus.vendor == "nvidia" and self._xid_child is None:

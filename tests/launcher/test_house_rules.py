@@ -13,7 +13,13 @@ PURE = [
     *("launcher/spec.py", "launcher/layout.py", "launcher/plan.py", "launcher/check.py"),
     *("launcher/verdicts.py", "launcher/status.py", "launcher/snapshot.py", "launcher/record.py"),
     *("launcher/documents.py", "launcher/ports.py", "launcher/addresses.py"),
-    *("launcher/heartbeat.py", "launcher/quoting.py", "launcher/agent/lastwords.py"),
+    *("launcher/steps.py", "launcher/swap.py", "launcher/fitness.py", "launcher/rehearsal.py"),
+    *("launcher/meeting.py", "inventory/ledger.py", "health/evidence.py", "health/judge.py"),
+    *("health/parity.py", "health/settle.py", "health/clock.py", "health/deep.py"),
+    *("health/xids.py", "health/thresholds.py", "health/collective/rounds.py"),
+    *("health/checks/base.py", "health/checks/gpu.py", "health/checks/network.py"),
+    *("health/checks/node.py", "launcher/heartbeat.py", "launcher/quoting.py"),
+    "launcher/agent/lastwords.py",
 ]
 
 
