@@ -203,6 +203,9 @@ def preflight(
     ] = None,
     file: SpecFile = None,
     fleet: FleetOption = None,
+    pool: Annotated[
+        str | None, typer.Option("--pool", help="Another partition, or list of the inventory.")
+    ] = None,
     level: Annotated[
         str, typer.Option(help="passive (2 s), quick (30 s), fabric (60 s) or deep.")
     ] = "quick",
@@ -228,6 +231,7 @@ def preflight(
         file,
         flags,
         node or [],
+        pool=pool,
         level=level,
         explain=explain,
         record_to=record,

@@ -17,6 +17,7 @@ from launcher.context import make_ground
 from launcher.errors import UsageError
 from launcher.paths import FleetPaths
 from launcher.preflight import Looked
+from launcher.spec import FleetSpec
 from launcher.specfile import load
 
 UNFIT = 3
@@ -28,6 +29,7 @@ def run(
     flags: dict[str, Any],
     names: list[str],
     *,
+    pool: str | None,
     level: str,
     explain: bool,
     record_to: Path | None,
@@ -45,7 +47,7 @@ def run(
         looked = preflight.replay(replay_from, preflight.read_thresholds(thresholds))
         lifted: list[str] = []
     else:
-        looked, lifted = _look(file, flags, names, level)
+        looked, lifted = _look(file, flags, names, level, pool)
     if record_to:
         preflight.record(looked, record_to)
         output.say(f"recorded {len(looked.evidence)} nodes in {record_to}")
@@ -116,10 +118,14 @@ def uncordon(
 
 
 def _look(
-    file: Path | None, flags: dict[str, Any], names: list[str], level: str
+    file: Path | None,
+    flags: dict[str, Any],
+    names: list[str],
+    level: str,
+    pool: str | None = None,
 ) -> tuple[Looked, list[str]]:
     """The looked-at set, and the nodes whose quarantine a passed preflight has lifted."""
-    spec = load(file, flags).spec
+    spec = _of_pool(load(file, flags).spec, pool)
     ground = make_ground(spec, FleetPaths.of(spec.name), check=False)
     try:
         nodes = _choose(ground.backend.pool().nodes, names)
@@ -149,6 +155,20 @@ def _named(
         return backend.kind, _choose(backend.pool().nodes, names)
     finally:
         backend.close()
+
+
+def _of_pool(spec: FleetSpec, pool: str | None) -> FleetSpec:
+    """The spec with another pool: a partition under Slurm, a list of the inventory over SSH."""
+    if pool is None:
+        return spec
+    backend = spec.backend
+    if backend.slurm is not None:
+        changed = backend.slurm.model_copy(update={"partition": pool})
+        return spec.model_copy(update={"backend": backend.model_copy(update={"slurm": changed})})
+    if backend.ssh is not None:
+        chosen = backend.ssh.model_copy(update={"pool": pool, "nodes": None})
+        return spec.model_copy(update={"backend": backend.model_copy(update={"ssh": chosen})})
+    raise UsageError("this machine is one pool", where="--pool")
 
 
 def _choose(pool: tuple[Node, ...], names: list[str]) -> tuple[Node, ...]:

@@ -288,6 +288,18 @@ def test_an_operators_cordon_drains_in_slurm_and_lifts_only_its_own(fleet):
         subprocess.run(["scontrol", "update", "NodeName=h[3-4]", "State=RESUME"], check=False)
 
 
+def test_a_pool_that_does_not_exist_and_a_node_that_is_not_in_it_are_named(fleet):
+    wrong = fleet.cli("preflight", "-f", fleet.file, "--pool", "none")
+    assert wrong.returncode == 2
+    assert "'none'" in wrong.stderr
+    wrong = fleet.cli("preflight", "-f", fleet.file, "h9")
+    assert wrong.returncode == 2
+    assert "h9 is not in the pool" in wrong.stderr
+    wrong = fleet.cli("preflight", "-f", fleet.file, "--level", "qick")
+    assert wrong.returncode == 2
+    assert "passive, quick, fabric, deep" in wrong.stderr
+
+
 def test_memlock_of_an_ordinary_user(bootstrapped):
     asked = json.dumps({"node": "h1"})
     python = Path("/root/.local/share/launcher")
