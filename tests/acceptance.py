@@ -1,7 +1,8 @@
 """`make acceptance [ONLY=…]`: the full matrix with real engines and the benchmarks.
 
-Writes docs/acceptance.md (what passed, when, on which machine) and docs/measurements.md (tables).
-ONLY selects: `matrix`, `bench`, or a pytest -k expression for the matrix.
+Writes docs/acceptance.md (what passed, when, on which machine), docs/faults.md (each fault once)
+and docs/measurements.md (tables).
+ONLY selects: `matrix`, `bench`, `faults`, or a pytest -k expression for the matrix.
 """
 
 import json
@@ -74,10 +75,28 @@ def benchmarks() -> int:
             f"| {row['command']} | {row['median_s']} | {row['against']} | {row['ratio']} "
             f"| {row['bound']} |"
         ]
+    lines += _preflight(_json("benchmarks/preflight.py"))
     page = DOCS / "measurements.md"
     kept = page.read_text().partition(BY_HAND)[2]
     page.write_text("\n".join(lines) + f"\n\n{BY_HAND}{kept}")
     return 0
+
+
+def _preflight(found: dict) -> list[str]:
+    cost = found["continuous"]
+    return [
+        "",
+        "## Preflight",
+        "",
+        "`python benchmarks/preflight.py` (as root)",
+        "",
+        "| what | figure | against | ratio | bound |",
+        "| --- | --- | --- | --- | --- |",
+        f"| passive level, {found['hosts']} hosts over sshd, s | {found['launcher_s']} "
+        f"| clush, the same probes: {found['clush_s']} | {found['ratio_of_medians']} | 1.2 |",
+        f"| continuous checks, % of a core | {cost['percent_of_a_core']} "
+        f"| {cost['cpu_s_of_a_look']} s CPU each {cost['period_s']:.0f} s | - | 0.5 % |",
+    ]
 
 
 def _json(script: str, *arguments: str) -> dict:
@@ -104,8 +123,10 @@ def _today() -> str:
 def main() -> int:
     only = sys.argv[1] if len(sys.argv) > 1 else ""
     code = 0
-    if only != "bench":
-        code = matrix("" if only == "matrix" else only)
+    if only in ("", "faults"):
+        code = subprocess.call([sys.executable, "-m", "tests.faults_table"], cwd=ROOT)
+    if only not in ("bench", "faults"):
+        code = matrix("" if only == "matrix" else only) or code
     if only in ("", "bench"):
         code = benchmarks() or code
     return code

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import bed
+from tests.cluster.hosts import address
 from tests.conftest import ROOT
 from tests.launcher.fleets import FleetUnderTest, ask, engine_processes, eventually
 
@@ -429,3 +430,30 @@ def _processes_of(user: str) -> list[str]:
     return subprocess.run(
         ["ps", "-u", user, "-o", "args="], capture_output=True, text=True
     ).stdout.splitlines()
+
+
+@pytest.mark.usefixtures("bootstrapped")
+def test_a_host_behind_a_jump_host_is_reached_and_only_that_way(
+    shared_cli, shared_dir, fleet_name
+):
+    """No route of ours leads to h2; h1 reaches it."""
+    inventory = shared_dir / "inventory.yaml"
+    inventory.write_text(
+        f"version: 1\nssh_config: {ROOT}/.testbed/ssh_config\n"
+        "pools:\n  default:\n    - {name: h2, jump_host: h1}\n"
+    )
+    spec = {
+        "model": "org/model",
+        "nodes": 1,
+        "gpus_per_node": 1,
+        "backend": {"ssh": {"inventory": str(inventory)}},
+    }
+    fleet = FleetUnderTest(shared_dir, shared_cli, fleet_name, spec)
+    route = ("route", "add", "blackhole", address("h2"))
+    subprocess.run(["ip", *route], check=True)
+    try:
+        looked = fleet.cli("preflight", "-f", fleet.file, "--level", "passive", "--json")
+    finally:
+        subprocess.run(["ip", "route", "del", "blackhole", address("h2")], check=True)
+    assert looked.returncode == 0, looked.stdout + looked.stderr
+    assert json.loads(looked.stdout)["nodes"]["h2"]["verdict"] == "healthy"
