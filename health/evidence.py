@@ -243,6 +243,7 @@ class Asked(Model):
     mark: str = ""  # LAUNCHER_MARK of our own processes
     scratch: str = ""
     model_folder: str = ""
+    image: str = ""  # the engine's container, where it is a file
     weights_folders: tuple[str, ...] = ()
     address: str = "0.0.0.0"
     ports: tuple[int, ...] = ()

@@ -18,6 +18,7 @@ _RULES: tuple[tuple[str, Verdict, str], ...] = (
         "unhealthy",
         "Install the same versions on all nodes.",
     ),
+    (r"image", "unhealthy", "The nodes have different builds of the image."),
     (r"model", "unhealthy", "The nodes see different revisions of the model."),
     (r"driver|cuda_driver", "unhealthy", "Install the same driver on all nodes."),
     (r"gpu\.(name|count|memory)", "unhealthy", "Choose nodes of one kind (pool, constraint)."),

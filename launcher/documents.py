@@ -67,6 +67,7 @@ class Checks(BaseModel):
     probe_script: str
     executor: str
     model_folder: str | None
+    image: str = ""
     ports: tuple[int, ...]
     gpus: int
     shares_machine: bool

@@ -303,6 +303,7 @@ def _checks(context: Context, replica: ReplicaRecord, reports: dict[str, Report]
             probe_script=context.scripts["engine-probe.sh"],
             executor=context.layout.executor,
             model_folder=context.spec.model if is_folder(context.spec.model) else None,
+            image=context.spec.runtime.image_file,
             ports=ports.to_check(block, leader=rank == 0),
             gpus=context.layout.ranks_per_node,
             shares_machine=context.shares_machine,

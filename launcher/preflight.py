@@ -221,6 +221,7 @@ def _ask_probes(ground: Ground, nodes: tuple[Node, ...], level: Level) -> dict[s
             level=level,
             node=node.name,
             model_folder=spec.model if is_folder(spec.model) else "",
+            image=spec.runtime.image_file,
             weights_folders=node.nvme,
             probe_script="" if level == "passive" else "engine-probe.sh",
         )

@@ -109,6 +109,12 @@ class Runtime(Section):
     apptainer: Container | None = None
     pyxis: Container | None = None
 
+    @property
+    def image_file(self) -> str:
+        """The container's image where it is a file on the nodes, else nothing."""
+        container = self.apptainer or self.pyxis
+        return container.image if container and container.image.startswith("/") else ""
+
     @model_validator(mode="after")
     def _one_kind(self) -> "Runtime":
         chosen = [

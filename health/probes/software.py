@@ -1,5 +1,6 @@
 """The engine's own environment and the model, as this node sees them. I/O."""
 
+import contextlib
 import hashlib
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ from health.engine import parse_probe
 from health.evidence import Asked, Software
 
 PROBE_TIMEOUT_S = 60.0
+_END_BYTES = 1024**2
 _CONFIGS = ("config.json", "model.safetensors.index.json", "tokenizer_config.json")
 
 
@@ -34,7 +36,22 @@ def read_software(asked: Asked) -> Software | None:
             versions = {**versions, "model": fingerprint} if versions is not None else None
         except OSError as error:
             model_error = error.strerror or str(error)
+    if asked.image and versions is not None:
+        with contextlib.suppress(OSError):  # the engine's probe has said that it is not there
+            versions = {**versions, "image": image_fingerprint(Path(asked.image))}
     return Software(versions=versions, tail=tail, model_error=model_error)
+
+
+def image_fingerprint(image: Path) -> str:
+    """A short hash of an image's size and both ends: whole images have tens of gigabytes, and two
+    builds differ in their headers and tables. Raises OSError."""
+    size = image.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with image.open("rb") as file:
+        digest.update(file.read(_END_BYTES))
+        file.seek(max(0, size - _END_BYTES))
+        digest.update(file.read(_END_BYTES))
+    return digest.hexdigest()[:12]
 
 
 def model_fingerprint(folder: Path) -> str:

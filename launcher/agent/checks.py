@@ -61,6 +61,7 @@ class Watch:
             mark=self._mark,
             scratch=str(folder),
             model_folder=checks.model_folder or "",
+            image=checks.image,
             weights_folders=checks.weights_folders,
             address=address,
             ports=checks.ports,

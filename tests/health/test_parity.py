@@ -1,4 +1,5 @@
 from health.parity import compare
+from health.probes.software import image_fingerprint
 
 SAME = {"vllm": "0.32.0", "driver": "570.1", "ib.mlx5_0/1.rate": "400 Gb/s"}
 
@@ -39,3 +40,17 @@ def test_firmware_may_differ_and_is_told():
 
 def test_traits_that_nobody_compares_do_not_matter():
     assert compare({"a": {"colour": "red"}, "b": {"colour": "blue"}}) == ()
+
+
+def test_two_builds_of_an_image_differ_and_copies_do_not(tmp_path):
+    one, copy, other = (tmp_path / name for name in ("one", "copy", "other"))
+    one.write_bytes(b"x" * 3_000_000)
+    copy.write_bytes(b"x" * 3_000_000)
+    other.write_bytes(b"y" + b"x" * 2_999_999)
+    assert image_fingerprint(one) == image_fingerprint(copy) != image_fingerprint(other)
+    traits = {
+        node: {"image": image_fingerprint(path)}
+        for node, path in (("a", one), ("b", copy), ("c", other))
+    }
+    (odd,) = compare(traits)
+    assert odd.nodes == ("c",)
