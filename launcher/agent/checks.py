@@ -144,7 +144,7 @@ class Watch:
             watchdog.cancel()
         if not answer:
             self._child = None
-            raise TimeoutError(f"the probes did not answer within {ANSWER_WITHIN_S:.0f} s")
+            raise TimeoutError("the probes' process ended without an answer")
         return NodeEvidence.model_validate_json(answer)
 
     def _watch_xids(self) -> None:
