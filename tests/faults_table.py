@@ -21,7 +21,7 @@ from tests.acceptance import machine
 from tests.cluster import bed, faults, hardware
 from tests.cluster.hostfaults import HOST_FAULTS
 from tests.conftest import LAUNCHER, ROOT, Cli, make_fake_engine
-from tests.launcher.fleets import FleetUnderTest
+from tests.launcher.fleets import FleetUnderTest, fake_spec
 
 HOSTS = ("h1", "h2", "h3", "h4")
 VICTIM, INDEX = "h2", 3
@@ -137,16 +137,8 @@ def main() -> int:
     (folder / "model/model.safetensors").write_bytes(b"\0" * 64 * 1024**2)
     for host in HOSTS:
         bed.gpus(host)
-    spec = {
-        "model": str(folder / "model"),
-        "nodes": 2,
-        "gpus_per_node": 1,
-        "parallelism": {"pipeline": 2},
-        "executor": "mp",
-        "runtime": {"venv": str(ROOT / ".testbed-engine")},
-        "limits": {"drain": "5s", "start": "30s"},
-        "backend": {"ssh": {"inventory": str(ROOT / ".testbed/inventory.yaml")}},
-    }
+    backend = {"ssh": {"inventory": str(ROOT / ".testbed/inventory.yaml")}}
+    spec = fake_spec(backend, folder / "model", ROOT / ".testbed-engine")
     cli = Cli({**os.environ, "LAUNCHER_STATE_DIR": str(folder / "state")}, folder)
     fleet = FleetUnderTest(folder, cli, "faults", spec)
     ready = cli("bootstrap", "-f", fleet.file, timeout=300)

@@ -62,7 +62,7 @@ def _folder(folder: Folder, ground: Ground) -> Iterator[Said]:
 
 
 def _short(folder: Folder, free: int, need: int, verdict: Verdict, hint: str) -> Said:
-    message = f"{folder.path} has {free // MIB} MiB free, {need // MIB} are needed"
+    message = f"{free // MIB} MiB free, {need // MIB} MiB are needed"
     return Said(verdict, message, free, need, "clean up", hint)
 
 
@@ -81,7 +81,7 @@ def _nvme_smart(drive: Nvme, ground: Ground) -> Iterator[Said]:
 
 def _mount(mount: Mount, ground: Ground) -> Iterator[Said]:
     if mount.took_s is None:
-        message = f"{mount.path} ({mount.type}) does not answer"
+        message = f"this {mount.type} mount does not answer"
         yield Said(
             "unhealthy",
             message,
@@ -91,7 +91,7 @@ def _mount(mount: Mount, ground: Ground) -> Iterator[Said]:
             "Is its server up? A process that touches it hangs.",
         )
     elif mount.took_s > ground.limits.mount_s_warn:
-        message = f"{mount.path} answered after {mount.took_s:.1f} s"
+        message = f"answered after {mount.took_s:.1f} s"
         yield Said("degraded", message, mount.took_s, ground.limits.mount_s_warn)
 
 

@@ -14,6 +14,7 @@ import psutil
 import pynvml as nvml
 
 from health.evidence import Asked, Gpu, GpuProcess, Gpus
+from health.probes.files import entries, text
 
 WINDOW_S = 1.0
 _NVIDIA, _AMD = "0x10de", "0x1002"
@@ -261,13 +262,10 @@ def is_ours(pid: int, mark: str) -> bool:
 def _pci_gpus(sysfs: Path) -> list[str]:
     """The vendor of every display or 3D controller on the PCI bus."""
     vendors = []
-    with contextlib.suppress(OSError):
-        for device in sorted((sysfs / "bus/pci/devices").iterdir()):
-            with contextlib.suppress(OSError):
-                vendor = (device / "vendor").read_text().strip()
-                kind = (device / "class").read_text().strip()[:6]
-                if vendor in (_NVIDIA, _AMD) and kind in _GPU_CLASSES:
-                    vendors.append(vendor)
+    for device in entries(sysfs / "bus/pci/devices"):
+        vendor, kind = text(device / "vendor"), text(device / "class")[:6]
+        if vendor in (_NVIDIA, _AMD) and kind in _GPU_CLASSES:
+            vendors.append(vendor)
     return vendors
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from health.evidence import Asked, Host, Interface
+from health.probes.files import text
 
 # From linux/timex.h: the kernel's clock is not kept by anybody.
 _STA_UNSYNC = 0x0040
@@ -51,10 +52,7 @@ def _memlock_bytes() -> int | None:
 
 def boot_id() -> str:
     """The kernel's name of this boot: findings of another boot say nothing about this one."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
+    return text(Path("/proc/sys/kernel/random/boot_id"))
 
 
 def busy_ports(address: str, ports: Sequence[int]) -> list[int]:

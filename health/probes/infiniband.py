@@ -4,12 +4,12 @@ Some counters cannot be read on restricted functions and each try writes to the 
 that once refused is not opened again in this process.
 """
 
-import contextlib
 import re
 import time
 from pathlib import Path
 
 from health.evidence import Asked, Gid, Infiniband, Port
+from health.probes.files import entries, text
 
 WINDOW_S = 1.0
 COUNTERS = (
@@ -32,8 +32,8 @@ def read_infiniband(asked: Asked) -> Infiniband | None:
     root = Path(asked.sysfs)
     folders = [
         folder
-        for device in _list(root / "class/infiniband")
-        for folder in _list(device / "ports")
+        for device in entries(root / "class/infiniband")
+        for folder in entries(device / "ports")
         if folder.name.isdecimal()
     ]
     if not folders:
@@ -59,19 +59,19 @@ def read_infiniband(asked: Asked) -> Infiniband | None:
 
 def _port(folder: Path) -> Port:
     device = folder.parent.parent
-    rate = re.match(r"[\d.]+", _text(folder / "rate"))
-    numa = _text(device / "device/numa_node")
+    rate = re.match(r"[\d.]+", text(folder / "rate"))
+    numa = text(device / "device/numa_node")
     return Port(
         device=device.name,
         port=int(folder.name),
-        state=_text(folder / "state").partition(": ")[2],
-        physical_state=_text(folder / "phys_state").partition(": ")[2],
+        state=text(folder / "state").partition(": ")[2],
+        physical_state=text(folder / "phys_state").partition(": ")[2],
         rate_gbps=float(rate.group()) if rate else None,
-        link_layer=_text(folder / "link_layer"),
-        firmware=_text(device / "fw_ver"),
-        board=_text(device / "board_id"),
+        link_layer=text(folder / "link_layer"),
+        firmware=text(device / "fw_ver"),
+        board=text(device / "board_id"),
         numa_node=int(numa) if re.fullmatch(r"-?\d+", numa) else None,
-        netdevs=tuple(entry.name for entry in _list(device / "device/net")),
+        netdevs=tuple(entry.name for entry in entries(device / "device/net")),
         gids=_gids(folder),
     )
 
@@ -79,14 +79,14 @@ def _port(folder: Path) -> Port:
 def _gids(folder: Path) -> tuple[Gid, ...]:
     gids = []
     for index in range(GIDS_MAX):
-        gid = _text(folder / f"gids/{index}")
+        gid = text(folder / f"gids/{index}")
         if not gid or not gid.replace(":", "").strip("0"):
             continue
         gids.append(
             Gid(
                 index=index,
-                type=_text(folder / f"gid_attrs/types/{index}"),
-                netdev=_text(folder / f"gid_attrs/ndevs/{index}"),
+                type=text(folder / f"gid_attrs/types/{index}"),
+                netdev=text(folder / f"gid_attrs/ndevs/{index}"),
                 is_ipv4=gid.startswith("0000:0000:0000:0000:0000:ffff:"),
             )
         )
@@ -110,27 +110,15 @@ def _counters(folder: Path) -> dict[str, int]:
 
 def _has_dmabuf(root: Path) -> bool | None:
     """The open kernel module with a kernel from 5.12 on exports GPU memory by DMA-BUF."""
-    version = _text(root / "module/nvidia/version")
+    version = text(root / "module/nvidia/version")
     if not version:
         return None
-    return "open" in _text(Path("/proc/driver/nvidia/version")).lower()
+    return "open" in text(Path("/proc/driver/nvidia/version")).lower()
 
 
 def _default_route() -> str:
-    for line in _text(Path("/proc/net/route")).splitlines()[1:]:
+    for line in text(Path("/proc/net/route")).splitlines()[1:]:
         words = line.split()
         if len(words) > 2 and words[1] == "00000000":
             return words[0]
-    return ""
-
-
-def _list(folder: Path) -> list[Path]:
-    with contextlib.suppress(OSError):
-        return sorted(folder.iterdir())
-    return []
-
-
-def _text(path: Path) -> str:
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return path.read_text().strip()
     return ""

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from health.evidence import Asked, Folder, Nvme, Storage
+from health.probes.files import entries, text
 
 NVME_CLI_TIMEOUT_S = 1.0
 READ_BYTES = 1024**3
@@ -101,18 +102,17 @@ def _folder(path: str, purpose: str) -> Folder:
 
 def _nvmes(sysfs: Path) -> tuple[Nvme, ...]:
     drives = []
-    with contextlib.suppress(OSError):
-        for folder in sorted((sysfs / "class/nvme").iterdir()):
-            smart = _smart(folder.name)
-            drives.append(
-                Nvme(
-                    name=folder.name,
-                    state=_text(folder / "state"),
-                    model=_text(folder / "model"),
-                    critical_warning=smart.get("critical_warning"),
-                    percentage_used=smart.get("percent_used", smart.get("percentage_used")),
-                )
+    for folder in entries(sysfs / "class/nvme"):
+        smart = _smart(folder.name)
+        drives.append(
+            Nvme(
+                name=folder.name,
+                state=text(folder / "state"),
+                model=text(folder / "model"),
+                critical_warning=smart.get("critical_warning"),
+                percentage_used=smart.get("percent_used", smart.get("percentage_used")),
             )
+        )
     return tuple(drives)
 
 
@@ -132,9 +132,3 @@ def _smart(name: str) -> dict[str, int]:
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
     return {key: value for key, value in log.items() if isinstance(value, int)}
-
-
-def _text(path: Path) -> str:
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return path.read_text().strip()
-    return ""

@@ -31,6 +31,20 @@ class FleetUnderTest:
         return self.cli("down", "--fleet", self.name).returncode
 
 
+def fake_spec(backend: dict, model: Path, engine: Path) -> dict:
+    """Two hosts with the fake engine, up in a second."""
+    return {
+        "model": str(model),
+        "nodes": 2,
+        "gpus_per_node": 1,
+        "parallelism": {"pipeline": 2},
+        "executor": "mp",
+        "runtime": {"venv": str(engine)},
+        "limits": {"drain": "5s", "start": "30s"},
+        "backend": backend,
+    }
+
+
 def engine_processes(name: str) -> dict[int, str]:
     """The node of every engine process of this fleet; namespaces hide none from outside."""
     found = {}

@@ -13,7 +13,7 @@ import pytest
 from tests.cluster import bed
 from tests.cluster.hosts import address
 from tests.conftest import ROOT
-from tests.launcher.fleets import FleetUnderTest, ask, engine_processes, eventually
+from tests.launcher.fleets import FleetUnderTest, ask, engine_processes, eventually, fake_spec
 
 pytestmark = pytest.mark.cluster
 BACKENDS = ("slurm", "ssh")
@@ -29,21 +29,8 @@ def backend(request, cluster):
 
 @pytest.fixture
 def fleet(backend, shared_cli, shared_dir, fake_engine, shared_model, fleet_name):
-    made = FleetUnderTest(
-        shared_dir,
-        shared_cli,
-        fleet_name,
-        {
-            "model": str(shared_model),
-            "nodes": 2,
-            "gpus_per_node": 1,
-            "parallelism": {"pipeline": 2},
-            "executor": "mp",
-            "runtime": {"venv": str(fake_engine)},
-            "limits": {"drain": "5s", "start": "30s"},
-            "backend": backend,
-        },
-    )
+    spec = fake_spec(backend, shared_model, fake_engine)
+    made = FleetUnderTest(shared_dir, shared_cli, fleet_name, spec)
     yield made
     bed.repair(wait_idle=False)
     made.down()
