@@ -13,6 +13,15 @@ mount -t tmpfs -o size=1g,mode=1777 nvme1 /nvme1
 # No name server is there, and that is known at once; one that does not answer costs 10 s a name.
 mount --bind "$bed/resolv.conf" /etc/resolv.conf
 mkdir -p "$bed/run/$host"
+# A login shell of pyenv's takes a lock beside its shims, and a host that loses power would leave it
+# to all the others, for a minute each time.
+shims=/root/.pyenv/shims
+if [ -d "$shims" ]; then
+  mkdir /tmp/.shims
+  cp -a "$shims/." /tmp/.shims
+  rm -f /tmp/.shims/.pyenv-shim
+  mount --bind /tmp/.shims "$shims"
+fi
 # The host's own hardware (tests/cluster/hardware.py) where the real one would be.
 sim="$bed/sim/$host"
 mount --bind "$sim/nvml" /run/nvml-stand-in
