@@ -55,6 +55,19 @@ class _RefuseUnknownHost(paramiko.MissingHostKeyPolicy):
         )
 
 
+def _check_host_keys(connection: fabric.Connection, config: fabric.Config) -> None:
+    """Known keys only, on the way, too: Fabric by itself believes every jump host."""
+    client = connection.client
+    client.load_system_host_keys()
+    listed = config.base_ssh_config.lookup(connection.original_host)
+    for name in listed.get("userknownhostsfile", "").split():
+        if Path(name).expanduser().is_file():
+            client.load_host_keys(str(Path(name).expanduser()))
+    client.set_missing_host_key_policy(_RefuseUnknownHost())
+    if isinstance(connection.gateway, fabric.Connection):
+        _check_host_keys(connection.gateway, config)
+
+
 class Host:
     """One SSH host: a connection made when it is needed, and made again when it broke."""
 
@@ -165,27 +178,20 @@ class Host:
             connect_timeout=int(CONNECT_TIMEOUT_S),
             connect_kwargs=keywords,
         )
-        client = connection.client
-        client.load_system_host_keys()
-        listed = config.base_ssh_config.lookup(self._address.host).get("userknownhostsfile", "")
-        for name in listed.split():
-            if Path(name).expanduser().is_file():
-                client.load_host_keys(str(Path(name).expanduser()))
-        client.set_missing_host_key_policy(_RefuseUnknownHost())
+        _check_host_keys(connection, config)
         connection.open()
-        transport = client.get_transport()
+        transport = connection.client.get_transport()
         if transport is not None:
             transport.set_keepalive(5)
         self._connection = connection
 
     def _gateway(self, config: fabric.Config) -> fabric.Connection | None:
-        """The inventory's jump host; one from ssh_config is Fabric's own business."""
+        """The inventory's jump host; without one Fabric takes that of ssh_config."""
         if not self._address.jump_host:
             return None
-        gateway = fabric.Connection(self._address.jump_host, config=config)
-        gateway.client.load_system_host_keys()
-        gateway.client.set_missing_host_key_policy(_RefuseUnknownHost())
-        return gateway
+        return fabric.Connection(
+            self._address.jump_host, config=config, connect_timeout=int(CONNECT_TIMEOUT_S)
+        )
 
     def _make_folders(self, files: paramiko.SFTPClient, folder: str) -> None:
         missing = []
