@@ -24,6 +24,8 @@ class Burned:
     dcgm_failed: tuple[str, ...] = ()
     done: bool = False
     problem: str = ""
+    bus_gb_s: float | None = None  # nccl-tests inside the node
+    nccl_error: str = ""
 
 
 def parse(output: str) -> Burned:
@@ -33,6 +35,7 @@ def parse(output: str) -> Burned:
     devices: dict[str, dict[str, Any]] = {}
     failed: tuple[str, ...] = ()
     done = False
+    bus, nccl_error = None, ""
     for line in output.splitlines():
         if not line.startswith(MARK):
             continue
@@ -44,8 +47,10 @@ def parse(output: str) -> Burned:
             devices[str(row["device"])] = row
         elif row.get("kind") == "dcgm":
             failed = tuple(_dcgm_failures(row.get("answer")))
+        elif row.get("kind") == "nccl":
+            bus, nccl_error = row.get("bus_gb_s"), str(row.get("error", ""))
         done = done or row.get("kind") == "done"
-    return Burned(devices, failed, done)
+    return Burned(devices, failed, done, bus_gb_s=bus, nccl_error=nccl_error)
 
 
 def conclude(
@@ -60,7 +65,16 @@ def conclude(
         if "flops" in row
     ]
     usual = median(speeds) if speeds else 0.0
+    buses = {node: one.bus_gb_s for node, one in burned.items() if one.bus_gb_s is not None}
+    fastest = median(buses.values()) if len(buses) > 2 else 0.0
+    for node, bus in buses.items():
+        if bus < fastest * limits.bandwidth_ratio_min:
+            message = f"{bus:.0f} GB/s inside the node where its peers have {fastest:.0f}"
+            found[node].append(_bad("deep.nccl", "", message, "inspect or RMA"))
     for node, one in burned.items():
+        if one.nccl_error:
+            said = f"nccl-tests failed: {one.nccl_error}"
+            found[node].append(Finding(check="deep.nccl", verdict="unknown", message=said))
         if one.problem:
             said = f"the burn did not run: {one.problem}"
             found[node].append(Finding(check="deep.burn", verdict="unknown", message=said))

@@ -94,7 +94,3 @@ class Thresholds(BaseModel):
         default=0.7,
         description="ours, against the median of the pairs; SuperBench uses 0.95 on one class",
     )
-    mad_max: float = Field(
-        default=3.0,
-        description="outlier beyond three median absolute deviations (research/health)",
-    )

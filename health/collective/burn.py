@@ -5,7 +5,8 @@ Runs in the engine's own environment, with torch and nothing of launcher.
     python burn.py < order.json        (one line out for each device)
 
 A matrix product is repeated and compared with its first result bit by bit (silent corruption),
-then memory is filled with a pattern and read back. DCGM's own diagnosis runs first, where it is.
+then memory is filled with a pattern and read back. DCGM's own diagnosis and nccl-tests over the
+node's GPUs run first, where they are installed.
 """
 
 import json
@@ -30,6 +31,7 @@ def main() -> int:
     diagnose(order["seconds"])
     import torch
 
+    reduce_inside(torch.cuda.device_count(), order["seconds"])
     cuda = torch.cuda.is_available()
     names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if cuda else ["cpu"]
     for name in names:
@@ -57,6 +59,27 @@ def diagnose(seconds: float) -> None:
         say(kind="dcgm", answer=json.loads(answer.stdout))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         say(kind="dcgm", error=f"{type(error).__name__}: {error}"[:300])
+
+
+def reduce_inside(gpus: int, seconds: float) -> None:
+    """nccl-tests' all-reduce over this node's GPUs, 256 MiB; its average bus bandwidth."""
+    program = shutil.which("all_reduce_perf")
+    if program is None or gpus < 2:
+        return
+    size = ("-b", "256M", "-e", "256M", "-n", "20", "-g", str(gpus))
+    try:
+        answer = subprocess.run(
+            [program, *size], capture_output=True, text=True, timeout=60 + seconds, check=False
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        say(kind="nccl", error=f"{type(error).__name__}: {error}"[:300])
+        return
+    for line in answer.stdout.splitlines():
+        if "Avg bus bandwidth" in line:
+            say(kind="nccl", bus_gb_s=float(line.rpartition(":")[2]))
+            return
+    said = (answer.stderr or answer.stdout).strip().splitlines()
+    say(kind="nccl", error=said[-1][:300] if said else f"exit code {answer.returncode}")
 
 
 def burn(torch: Any, name: str, seconds: float) -> dict[str, Any]:

@@ -76,3 +76,30 @@ def test_a_burn_without_torch_says_so(tmp_path):
         [sys.executable, str(program)], input='{"seconds": 0.1}\n', capture_output=True, text=True
     )
     assert "No module named 'torch'" in deep.parse(answer.stdout + answer.stderr).problem
+
+
+def test_a_node_whose_gpus_reduce_slowly_is_named_and_a_failing_tool_is_no_fault():
+    peers = {name: Burned({"cuda:0": GOOD}, done=True, bus_gb_s=470.0) for name in "bcd"}
+    slow = Burned({"cuda:0": GOOD}, done=True, bus_gb_s=210.0)
+    found = deep.conclude({"a": slow, **peers}, {}, LIMITS)
+    assert [(n, f[0].check, f[0].verdict) for n, f in found.items()] == [
+        ("a", "deep.nccl", "unhealthy")
+    ]
+    broken = Burned({"cuda:0": GOOD}, done=True, nccl_error="no CUDA-capable device")
+    found = deep.conclude({"a": broken, **peers}, {}, LIMITS)
+    assert [(n, f[0].verdict) for n, f in found.items()] == [("a", "unknown")]
+
+
+def test_nccl_tests_are_run_where_they_are_installed(tmp_path):
+    tool = tmp_path / "all_reduce_perf"
+    tool.write_text('#!/bin/sh\necho "# Avg bus bandwidth    : 471.25 "\n')
+    tool.chmod(0o755)
+    source = "import sys; sys.path.insert(0, sys.argv[1]); import burn; burn.reduce_inside(8, 1)"
+    folder = Path(__file__).parents[2] / "health/collective"
+    answer = subprocess.run(
+        [sys.executable, "-c", source, str(folder)],
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+    )
+    assert deep.parse(answer.stdout).bus_gb_s == 471.25, answer.stderr
