@@ -99,6 +99,7 @@ class Gpus(Model):
     count: int | None = None
     pci_count: int | None = None
     window_s: float = 0.0
+    visible: str | None = None  # CUDA_VISIBLE_DEVICES, where a scheduler or the user has set it
     gpus: tuple[Gpu, ...] = ()
 
 

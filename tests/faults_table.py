@@ -133,12 +133,13 @@ def main() -> int:
     folder = ROOT / ".testbed/tmp/faults"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "model").mkdir(parents=True)
-    (folder / "model/config.json").write_text('{"num_hidden_layers": 4}')
+    (folder / "model/config.json").write_text('{"num_hidden_layers": 4, "num_attention_heads": 8}')
     (folder / "model/model.safetensors").write_bytes(b"\0" * 64 * 1024**2)
     for host in HOSTS:
         bed.gpus(host)
     backend = {"ssh": {"inventory": str(ROOT / ".testbed/inventory.yaml")}}
     spec = fake_spec(backend, folder / "model", ROOT / ".testbed-engine")
+    spec |= {"gpus_per_node": 8, "parallelism": {"tensor": 8, "pipeline": 2}}
     cli = Cli({**os.environ, "LAUNCHER_STATE_DIR": str(folder / "state")}, folder)
     fleet = FleetUnderTest(folder, cli, "faults", spec)
     ready = cli("bootstrap", "-f", fleet.file, timeout=300)

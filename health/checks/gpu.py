@@ -279,6 +279,8 @@ def _persistence(gpu: Gpu, ground: Ground) -> Iterator[Said]:
 
 
 def _processes(gpu: Gpu, ground: Ground) -> Iterator[Said]:
+    if not _is_wanted(gpu, ground):
+        return
     for process in (p for p in gpu.processes or () if not p.ours):
         took = f", {process.memory_bytes // 1024**2} MiB" if process.memory_bytes else ""
         yield Said(
@@ -293,8 +295,8 @@ def _processes(gpu: Gpu, ground: Ground) -> Iterator[Said]:
 
 def _memory(gpu: Gpu, ground: Ground) -> Iterator[Said]:
     limit = ground.limits.gpu_memory_used_bytes_max
-    if gpu.processes or gpu.memory_used_bytes is None:
-        return  # a process explains it
+    if gpu.processes or gpu.memory_used_bytes is None or not _is_wanted(gpu, ground):
+        return  # a process explains it, or it is somebody else's GPU
     if gpu.memory_used_bytes > limit:
         used = gpu.memory_used_bytes
         message = f"{used // 1024**2} MiB in use by no living process"
@@ -320,6 +322,17 @@ def _xid(xid: Xid, ground: Ground) -> Iterator[Said]:
         "inspect": "inspect or RMA",
     }
     yield Said("unhealthy", message, xid.code, advice=advice[kind], device=device)
+
+
+def _is_wanted(gpu: Gpu, ground: Ground) -> bool:
+    """Whether the engine would use this GPU: nodes are shared, and what others do on theirs is no
+    fault. The engine takes the first that it sees."""
+    order = list(_gpus(ground))
+    visible = ground.evidence.gpus.visible if ground.evidence.gpus else None
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        order = [one for name in names for one in order if name in (str(one.index), one.uuid)]
+    return gpu in order[: ground.needs.gpus]
 
 
 def _gpus(ground: Ground) -> tuple[Gpu, ...]:

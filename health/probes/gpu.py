@@ -5,6 +5,7 @@ the reason is in `unread`. Counters are read twice, a window apart.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,7 @@ def read_gpus(asked: Asked) -> Gpus | None:
             count=count,
             pci_count=pci.count(_NVIDIA) or None,
             window_s=round(window_s, 3),
+            visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
             gpus=tuple(gpus),
         )
     except nvml.NVMLError as error:

@@ -234,3 +234,30 @@ def test_an_xid_of_our_own_process_is_the_applications():
     (finding,) = [f for f in facts.findings if f.check == "gpu.xid"]
     assert (finding.verdict, finding.advice) == ("degraded", "look at the application")
     assert "(our process)" in finding.message
+
+
+def used_by_others(visible, needed):
+    """GPU 2 of four is in use by somebody else's job."""
+    foreign = e.GpuProcess(pid=9, name="train", user="ada", memory_bytes=None, ours=False)
+    gpus = tuple(
+        e.Gpu(index=i, uuid=f"GPU-{i}", processes=(foreign,) if i == 2 else ()) for i in range(4)
+    )
+    evidence = node(gpus=e.Gpus(vendor="nvidia", count=4, visible=visible, gpus=gpus))
+    return found(evidence, Needs(gpus=needed))
+
+
+@pytest.mark.parametrize(
+    ("visible", "needed", "is_in_use"),
+    [
+        (None, 4, True),
+        (None, 2, False),
+        ("2,3", 2, True),
+        ("GPU-2", 1, True),
+        ("0,1", 2, False),
+        ("3,2", 1, False),
+        (None, None, True),
+    ],
+)
+def test_what_others_do_on_gpus_that_we_do_not_take_is_no_fault(visible, needed, is_in_use):
+    expected = [("gpu.processes", "unhealthy")] if is_in_use else []
+    assert used_by_others(visible, needed) == expected
