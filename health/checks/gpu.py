@@ -53,7 +53,10 @@ def _count(gpus: Gpus, ground: Ground) -> Iterator[Said]:
     if gpus.error or gpus.count is None:
         return
     needed = ground.needs.gpus
-    if gpus.pci_count and gpus.count < gpus.pci_count:
+    # Within a job's device cgroup NVML sees the job's GPUs, the PCI bus all of the node's.
+    given = len(gpus.visible.split(",")) if gpus.visible else None
+    in_job = given is not None and gpus.count >= given
+    if gpus.pci_count and gpus.count < gpus.pci_count and not in_job:
         yield Said(
             "unhealthy",
             f"{gpus.count} GPUs answer, {gpus.pci_count} are on the PCI bus",

@@ -261,3 +261,15 @@ def used_by_others(visible, needed):
 def test_what_others_do_on_gpus_that_we_do_not_take_is_no_fault(visible, needed, is_in_use):
     expected = [("gpu.processes", "unhealthy")] if is_in_use else []
     assert used_by_others(visible, needed) == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "is_fault"),
+    [(None, 7, True), (None, 8, False), ("0,1", 2, False), ("0,1", 1, True), ("0,1", 8, False)],
+)
+def test_a_job_that_sees_its_own_gpus_only_misses_none(visible, count, is_fault):
+    gpus = tuple(e.Gpu(index=i) for i in range(count))
+    evidence = node(
+        gpus=e.Gpus(vendor="nvidia", count=count, pci_count=8, visible=visible, gpus=gpus)
+    )
+    assert found(evidence) == ([("gpu.count", "unhealthy")] if is_fault else [])
