@@ -274,6 +274,7 @@ def _meet(
         per_node,
         layout.tensor if whole else 1,
         layout.pipeline if whole else 1,
+        expert=whole and ground.spec.engine.is_expert_parallel,
     )
     if level in ("fabric", "deep"):
         chosen += collective.pair_rounds(len(nodes), per_node)

@@ -76,7 +76,11 @@ def verdict(
 def _rounds(context: Context) -> tuple[Round, ...]:
     layout = context.layout
     return rounds.pattern_rounds(
-        context.spec.nodes, layout.ranks_per_node, layout.tensor, layout.pipeline
+        context.spec.nodes,
+        layout.ranks_per_node,
+        layout.tensor,
+        layout.pipeline,
+        expert=context.spec.engine.is_expert_parallel,
     )
 
 

@@ -79,6 +79,12 @@ class Engine(Section):
 
     args: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def is_expert_parallel(self) -> bool:
+        """Whether experts are spread over ranks, which then talk all to all."""
+        names = {name.lstrip("-").replace("_", "-"): value for name, value in self.args.items()}
+        return bool(names.get("enable-expert-parallel"))
+
     @field_validator("args")
     @classmethod
     def _not_ours(cls, args: dict[str, Any]) -> dict[str, Any]:

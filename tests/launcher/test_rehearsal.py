@@ -62,6 +62,17 @@ def test_every_node_gets_its_ranks_and_all_meet_at_the_leader():
     assert [one["name"] for one in orders["h1"]["rounds"]] == ["all", "pipeline"]
 
 
+def test_experts_that_are_spread_talk_all_to_all():
+    ground = context()
+    ground = replace(
+        ground,
+        spec=make_context(pool=POOL, engine={"args": {"enable-expert-parallel": True}}).spec,
+    )
+    chosen = {node: Choice("10.0.0.1", "eth0") for node in ("h1", "h2")}
+    made = rehearsals(ground, checked(ground).replicas["r1"], chosen, 20012)
+    assert json.loads(made["h1"].order)["rounds"][-1]["op"] == "all_to_all"
+
+
 def test_ranks_are_handed_out_with_the_check_beside_the_engine():
     ground = context()
     seen = snapshot(view("h1", report("h1")), view("h2", report("h2")))
