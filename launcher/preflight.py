@@ -39,7 +39,7 @@ SET_FILE = "set.json"
 PASSIVE_DEADLINE_S = 25.0
 PROBE_DEADLINE_S = 90.0
 # A cold import of torch from a shared file system takes half a minute.
-ASSEMBLE_S, ROUND_S = 40.0, 5.0
+ASSEMBLE_S, ROUND_S = 30.0, 4.0
 BURN_S, BURN_DEADLINE_S = 60.0, 300.0
 
 
@@ -278,9 +278,10 @@ def _meet(
     )
     if level in ("fabric", "deep"):
         chosen += collective.pair_rounds(len(nodes), per_node)
-    # Every round may wait for one that lost time in the round before.
-    longest_s = ASSEMBLE_S + ROUND_S * sum(number + 1 for number in range(len(chosen)))
-    answers = ground.backend.ask(_orders(ground, nodes, meeting, chosen), longest_s)
+    waits_s = collective.waits_s(len(chosen), ASSEMBLE_S, ROUND_S)
+    answers = ground.backend.ask(
+        _orders(ground, nodes, meeting, chosen), collective.longest_s(waits_s, ROUND_S)
+    )
     printed = {
         node: f"{answer.output}\n{answer.errors if not answer.output else ''}"
         for node, answer in answers.items()
@@ -309,7 +310,7 @@ def _orders(
             hosts_store=index == 0,
             store_address=meeting.addresses[nodes[0]],
             store_port=meeting.port,
-            assemble_s=ASSEMBLE_S,
+            waits_s=collective.waits_s(len(chosen), ASSEMBLE_S, ROUND_S),
             round_s=ROUND_S,
             rounds=chosen,
         )

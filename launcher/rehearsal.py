@@ -40,7 +40,7 @@ def rehearsals(
             hosts_store=index == 0,
             store_address=chosen[replica.nodes[0]].ip,
             store_port=store_port,
-            assemble_s=ASSEMBLE_S,
+            waits_s=rounds.waits_s(len(made), ASSEMBLE_S, ROUND_S),
             round_s=ROUND_S,
             rounds=made,
         )
@@ -85,4 +85,4 @@ def _rounds(context: Context) -> tuple[Round, ...]:
 
 
 def _longest_s(made: tuple[Round, ...]) -> float:
-    return ASSEMBLE_S + ROUND_S * sum(number + 1 for number in range(len(made)))
+    return rounds.longest_s(rounds.waits_s(len(made), ASSEMBLE_S, ROUND_S), ROUND_S)

@@ -22,6 +22,7 @@ MARK = "LAUNCHER-COLLECTIVE "
 KIB, MIB = 1024, 1024**2
 DECODE_BYTES, PREFILL_BYTES = 256 * KIB, 8 * MIB
 PAIR_BYTES = (256 * KIB, 2 * MIB, 16 * MIB)
+_LATE_S = 2.0  # what a killed round takes beyond its deadline, and some
 Op = Literal["all_reduce", "send_recv", "all_to_all"]
 
 
@@ -44,7 +45,7 @@ class Order(BaseModel):
     hosts_store: bool
     store_address: str
     store_port: int
-    assemble_s: float
+    waits_s: tuple[float, ...]  # for each round, how long to wait for the others
     round_s: float
     rounds: tuple[Round, ...]
 
@@ -89,6 +90,23 @@ class CollectiveVerdict:
 
     findings: dict[str, tuple[Finding, ...]] = field(default_factory=dict)
     pairs: dict[tuple[str, str, int], float] = field(default_factory=dict)
+
+
+def waits_s(count: int, assemble_s: float, round_s: float) -> tuple[float, ...]:
+    """How long to wait in each round for its other ranks, in seconds.
+
+    The first waits for the slowest import. Who meets a dead node comes late to its next partner
+    by that whole round, and must not be taken for dead itself: each wait outlasts a round before.
+    """
+    waits = [assemble_s]
+    for _ in range(count - 1):
+        waits.append(round_s if len(waits) == 1 else waits[-1] + round_s + _LATE_S)
+    return tuple(waits)
+
+
+def longest_s(waits: tuple[float, ...], round_s: float) -> float:
+    """When the last round is over at the latest."""
+    return sum(wait_s + round_s + _LATE_S for wait_s in waits)
 
 
 def pattern_rounds(
@@ -192,6 +210,9 @@ def conclude(
     node_of = {rank: nodes[rank // per_node] for rank in range(len(nodes) * per_node)}
     by_key = {(o.round, o.rank): o for t in told.values() for o in t.outcomes}
     pairs, broken = _pairs(rounds, by_key, node_of, per_node)
+    # What a silent node did to its partners says nothing about them.
+    silenced = {node for node, found in findings.items() if found}
+    broken = {key for key in broken if not silenced & set(key[:2])}
     for one in _accused(nodes, per_node, pairs, broken, limits):
         device = f"rail {one.rail}" if one.rail is not None else ""
         if not findings[one.node]:

@@ -41,9 +41,7 @@ def main() -> int:
     if order["hosts_store"]:
         start_store(order)
     for number, group_round in enumerate(order["rounds"]):
-        # The first round waits for the slowest import. A node that lost time in a round comes
-        # late to the next, and its partners there must not take that for silence.
-        wait_s = order["assemble_s"] if number == 0 else order["round_s"] * number
+        wait_s = order["waits_s"][number]
         children = []
         for rank in order["ranks"]:
             group = next((g for g in group_round["groups"] if rank in g), None)
@@ -68,7 +66,7 @@ def start_store(order: dict[str, Any]) -> None:
                 order["store_port"],
                 is_master=True,
                 wait_for_workers=False,
-                timeout=timedelta(seconds=order["assemble_s"]),
+                timeout=timedelta(seconds=order["waits_s"][0]),
             )
             os.write(writer, b"1")
             while store is not None:

@@ -99,3 +99,15 @@ def test_the_rounds_follow_the_layout():
     assert [one.name for one in made] == ["all", "tensor", "pipeline"]
     assert made[1].groups == (tuple(range(8)), tuple(range(8, 16)))
     assert made[2].groups[0] == (0, 8)
+
+
+def test_who_met_a_dead_node_is_awaited_in_the_next_round():
+    waits = rounds.waits_s(4, 30.0, 5.0)
+    assert waits[0] == 30.0
+    for before, after in itertools.pairwise(waits[1:]):
+        assert after > before + 5.0, "a whole round with a dead partner, and its own length"
+
+
+def test_the_partners_of_a_silent_node_are_not_accused_for_its_pairs():
+    found = verdict(6, 1, lambda a, b, rail: 0 if "n4" in (a, b) else 1e9, silent=("n4",))
+    assert list(found) == ["n4"]
