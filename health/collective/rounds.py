@@ -285,8 +285,8 @@ def _accused(
             mine = pairs_of[node]
             if not mine or not all(key in bad or key in broken for key in mine):
                 continue
-            if len(nodes) == 2:
-                continue  # one pair speaks against both; nobody can be named
+            if len(mine) < 2:
+                continue  # one pair speaks against both its nodes; neither can be named
             if any(key in broken for key in mine) and all(key in broken for key in mine):
                 accused.append(Accused(node, rail, "no pair with it finished"))
             else:

@@ -111,3 +111,10 @@ def test_who_met_a_dead_node_is_awaited_in_the_next_round():
 def test_the_partners_of_a_silent_node_are_not_accused_for_its_pairs():
     found = verdict(6, 1, lambda a, b, rail: 0 if "n4" in (a, b) else 1e9, silent=("n4",))
     assert list(found) == ["n4"]
+
+
+def test_one_broken_pair_beside_a_silent_node_names_only_the_silent_one():
+    """n3 lost time with n4, and its other partner gave up: one witness is not enough."""
+    broken = ({"n3", "n4"}, {"n4", "n5"}, {"n2", "n3"})
+    found = verdict(6, 1, lambda a, b, rail: 0 if {a, b} in broken else 1e9, silent=("n4",))
+    assert list(found) == ["n4"]
