@@ -1,10 +1,11 @@
 """Time from command to first token: by hand (ray start, vllm serve, curl) and by `launcher up`.
 
-    python benchmarks/bringup.py [--rounds 3] [--executor ray|mp|both] [--json]
+    python benchmarks/bringup.py [--rounds 3] [--executor ray|mp|both] [--fork] [--json]
 
 Two nodes on this machine, the same engine, model and arguments, alternating in one run. By hand is
 what a careful person types: the head, a worker as soon as the head listens, the server as soon as
-both have joined. Both use the engine as installed (fork; `--spawn` is stock vLLM on the CPU).
+both have joined. Both use stock vLLM, which spawns its processes on the CPU; with `--fork` they
+start the way of examples/cpu_engine, where an engine is up in ten seconds and each of ours shows.
 """
 
 import argparse
@@ -201,10 +202,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--executor", choices=["ray", "mp", "both"], default="both")
-    parser.add_argument("--spawn", action="store_true")
+    parser.add_argument("--fork", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    start = "spawn" if arguments.spawn else "fork"
+    start = "fork" if arguments.fork else "spawn"
     executors = ["ray", "mp"] if arguments.executor == "both" else [arguments.executor]
     results = {}
     for executor in executors:

@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -55,8 +56,8 @@ class Child:
 
     def end(self, outcome: str, detail: str = "") -> Outcome:
         os.close(self.fd)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)  # with whatever it has started itself
         for _ in range(20):  # a child in the kernel's hands does not die; do not wait for it
             with contextlib.suppress(ChildProcessError):
                 if os.waitpid(self.pid, os.WNOHANG)[0] == 0:
@@ -68,16 +69,19 @@ class Child:
 
 
 def _be_a_child(work: Callable[[], str], writer: int) -> None:
-    """Do the work, write the answer, and end without any of the parent's clean-up."""
+    """Do the work, write the answer, and end without any of the parent's code or clean-up."""
     try:
+        os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        answer = work()
-    except BaseException as error:  # noqa: BLE001 - whatever broke a check is a finding about the check
-        answer = json.dumps({"error": f"{type(error).__name__}: {error}"[:500]})
-    data = answer.encode()
-    while data:
-        data = data[os.write(writer, data) :]
-    os._exit(0)
+        try:
+            answer = work()
+        except Exception as error:  # whatever broke a check is a finding about the check
+            answer = json.dumps({"error": f"{type(error).__name__}: {error}"[:500]})
+        data = answer.encode()
+        while data:
+            data = data[os.write(writer, data) :]
+    finally:
+        os._exit(0)
 
 
 def collect(asked: Asked, wanted: tuple[str, ...] = tuple(PROBES)) -> NodeEvidence:
@@ -88,13 +92,10 @@ def collect(asked: Asked, wanted: tuple[str, ...] = tuple(PROBES)) -> NodeEviden
     children: dict[str, Child] = {}
     for name in wanted:
         probe, deadline_s, _ = PROBES[name]
-        children[name] = Child(lambda probe=probe: _ask(probe, asked), deadline_s + slack_s)  # type: ignore[misc]
+        children[name] = Child(partial(_ask, probe, asked), deadline_s + slack_s)
     mounts = storage.network_mounts() if "storage" in wanted else []
     for path, _ in mounts:
-        children[f"mount {path}"] = Child(
-            lambda path=path: json.dumps({"took_s": storage.time_mount(path)}),  # type: ignore[misc]
-            MOUNT_DEADLINE_S,
-        )
+        children[f"mount {path}"] = Child(partial(_time_mount, path), MOUNT_DEADLINE_S)
     answers, outcomes = _gather(children)
     values: dict[str, Any] = {}
     for name in wanted:
@@ -119,6 +120,10 @@ def collect(asked: Asked, wanted: tuple[str, ...] = tuple(PROBES)) -> NodeEviden
 def _ask(probe: Probe, asked: Asked) -> str:
     answer = probe(asked)
     return "null" if answer is None else answer.model_dump_json()
+
+
+def _time_mount(path: str) -> str:
+    return json.dumps({"took_s": storage.time_mount(path)})
 
 
 def _gather(children: dict[str, Child]) -> tuple[dict[str, Any], dict[str, Outcome]]:

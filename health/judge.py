@@ -5,6 +5,7 @@ of the node, but where hanging is itself the fault (NVML).
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from health.checks import gpu, network, node
 from health.checks.base import Check, Ground, Needs, Subject
@@ -16,7 +17,7 @@ from health.thresholds import Thresholds
 _HANGS = {
     "gpus": ("gpu.hang", "NVML hangs: {detail}", "reboot"),
 }
-ALL_CHECKS: tuple[Check, ...] = (  # type: ignore[type-arg]
+ALL_CHECKS: tuple[Check[Any], ...] = (
     *gpu.NODE_CHECKS,
     *gpu.GPU_CHECKS,
     *gpu.XID_CHECKS,
@@ -131,7 +132,7 @@ def _coverage(evidence: NodeEvidence) -> Iterator[Coverage]:
             yield Coverage(check=check.name, state="covered")
 
 
-def _unread(check: Check, evidence: NodeEvidence) -> str:  # type: ignore[type-arg]
+def _unread(check: Check[Any], evidence: NodeEvidence) -> str:
     """Why no device of this node could be asked for what the check reads."""
     if evidence.gpus and evidence.gpus.vendor != "nvidia" and check.name.startswith("gpu."):
         return f"{evidence.gpus.vendor} GPUs are not read by NVML"

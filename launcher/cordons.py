@@ -26,6 +26,11 @@ def change(scope: str, edit: Callable[[Ledger], Ledger]) -> Ledger:
         return after
 
 
+def lift(scope: str, node: str) -> None:
+    """Let this node take work again."""
+    change(scope, lambda ledger: ledger.without(node))
+
+
 def _file(scope: str) -> Path:
     return state_root() / f".cordons-{scope}.json"
 

@@ -28,6 +28,7 @@ CONNECT_TIMEOUT_S = 8.0
 COMMAND_TIMEOUT_S = 60.0
 FILE_TIMEOUT_S = 5.0
 FAN_OUT_MAX = 32
+THREADS_MAX = 512
 READ_MAX_BYTES = 8 * 1024 * 1024
 T = TypeVar("T")
 
@@ -71,8 +72,11 @@ def _check_host_keys(connection: fabric.Connection, config: fabric.Config) -> No
 class Host:
     """One SSH host: a connection made when it is needed, and made again when it broke."""
 
-    def __init__(self, node: Node, ssh_config: Path | None) -> None:
+    def __init__(
+        self, node: Node, ssh_config: Path | None, connecting: threading.BoundedSemaphore
+    ) -> None:
         self.node = node
+        self._connecting = connecting
         self._address = node.ssh or SshAddress(host=node.name)
         self._ssh_config = ssh_config
         self._connection: fabric.Connection | None = None
@@ -141,7 +145,8 @@ class Host:
 
     def _transport(self) -> paramiko.Transport:
         if self._connection is None or not self._connection.is_connected:
-            self._connect()
+            with self._connecting:
+                self._connect()
         assert self._connection is not None
         transport: paramiko.Transport | None = self._connection.client.get_transport()
         if transport is None:
@@ -253,13 +258,16 @@ class Host:
 
 
 class Fleet:
-    """Several hosts, asked in parallel; never more than FAN_OUT_MAX at once."""
+    """Several hosts, asked in parallel. Never more than FAN_OUT_MAX connect at once, which is what
+    costs; what runs on them waits together, for ranks of one check must all be there."""
 
     def __init__(self, nodes: Iterable[Node], ssh_config: Path | None) -> None:
         # Paramiko logs what it raises, too; the errors are ours to tell.
         logging.getLogger("paramiko").setLevel(logging.CRITICAL)
-        self.hosts = {node.name: Host(node, ssh_config) for node in nodes}
-        self._pool = ThreadPoolExecutor(FAN_OUT_MAX, thread_name_prefix="ssh")
+        connecting = threading.BoundedSemaphore(FAN_OUT_MAX)
+        self.hosts = {node.name: Host(node, ssh_config, connecting) for node in nodes}
+        threads = max(1, min(len(self.hosts), THREADS_MAX))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ssh")
         self._unfinished: dict[str, Future[Any]] = {}
 
     def each(

@@ -50,7 +50,7 @@ def matrix(chosen: str) -> int:
 def benchmarks() -> int:
     """Each benchmark once, its figures as a table with the command that repeats it."""
     lines = [f"# Measurements, {_today()}", "", f"Machine: {machine()}.", ""]
-    lines += ["## From command to first token", "", "`python benchmarks/bringup.py [--spawn]`", ""]
+    lines += ["## From command to first token", "", "`python benchmarks/bringup.py [--fork]`", ""]
     lines += [
         "Two nodes on this machine, by hand and by `launcher up` in turns. Spawn is stock vLLM",
         "on the CPU; fork is the plug-in's way: an engine up in ten seconds shows each of ours.",
@@ -58,10 +58,10 @@ def benchmarks() -> int:
         "| start | executor | by hand, s | `launcher up`, s | ratio of medians | bound |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for method, bound in (("--spawn", "1.10"), ("", "none")):
+    for method, bound in (("", "1.10"), ("--fork", "none")):
         for executor, row in _json("benchmarks/bringup.py", method)["results"].items():
             hand, ours = (", ".join(map(str, row[name])) for name in ("by_hand_s", "launcher_s"))
-            start = method.removeprefix("--") or "fork"
+            start = method.removeprefix("--") or "spawn"
             ratio = row["ratio_of_medians"]
             lines += [f"| {start} | {executor} | {hand} | {ours} | {ratio} | {bound} |"]
     command_line = _json("benchmarks/cli.py")

@@ -286,8 +286,9 @@ def _processes(gpu: Gpu, ground: Ground) -> Iterator[Said]:
         return
     for process in (p for p in gpu.processes or () if not p.ours):
         took = f", {process.memory_bytes // 1024**2} MiB" if process.memory_bytes else ""
+        # Where one machine plays several nodes, it may well be our own neighbour.
         yield Said(
-            "unhealthy",
+            "degraded" if ground.needs.shares_machine else "unhealthy",
             f"in use by {process.name} (pid {process.pid}, {process.user}{took})",
             process.pid,
             "none but ours",

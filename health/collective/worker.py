@@ -70,7 +70,7 @@ def start_store(order: dict[str, Any]) -> None:
             )
             os.write(writer, b"1")
             while store is not None:
-                time.sleep(60)
+                signal.pause()  # until the parent is gone
         finally:
             os._exit(1)
     os.close(writer)

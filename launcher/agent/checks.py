@@ -12,17 +12,19 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from health.checks.base import Needs
-from health.evidence import Asked, NodeEvidence, Xid
+from health.evidence import Asked, KernelLog, NodeEvidence, Xid
 from health.judge import judge
 from health.report import Finding, NodeFacts
 from health.settle import LOOKS, settle
 from launcher.agent.processes import Reaper
 from launcher.documents import Checks
+from launcher.errors import StateError
 from launcher.files import write_text
 
 ANSWER_WITHIN_S = 75.0  # the slowest probe's deadline (the engine's Python, 60 s) and some
@@ -45,6 +47,8 @@ class Watch:
         self._xids: list[Xid] = []
         self._looks: tuple[NodeFacts, ...] = ()
         self._next_at = 0.0
+        self._script = ""
+        self._needs = Needs()
         self._asked_for: int | None = None
         self.revision: int | None = None  # the assignment that `facts` answers
         self.facts: NodeFacts | None = None
@@ -53,8 +57,6 @@ class Watch:
 
     def preflight(self, revision: int, checks: Checks, address: str, folder: Path) -> None:
         """Order the checks of one assignment; `facts` is None until they are done."""
-        script = folder / "engine-probe.sh"
-        write_text(script, checks.probe_script, mode=0o700)
         asked = Asked(
             level="passive",
             node=self._node,
@@ -65,16 +67,17 @@ class Watch:
             weights_folders=checks.weights_folders,
             address=address,
             ports=checks.ports,
-            probe_script=str(script),
+            probe_script=str(folder / "engine-probe.sh"),
         )
-        needs = Needs(
+        self._script = checks.probe_script
+        self._needs = Needs(
             gpus=checks.gpus,
             executor=checks.executor,
             weights_bytes=checks.weights_bytes,
             shares_machine=checks.shares_machine,
         )
         self._asked_for, self.facts = revision, None
-        self._orders.put((revision, asked, needs))
+        self._orders.put((revision, asked, self._needs))
 
     @property
     def is_looking(self) -> bool:
@@ -86,7 +89,9 @@ class Watch:
         if now < self._next_at:
             return
         self._next_at = now + PASSIVE_EVERY_S * random.uniform(1.0, 1.2)
-        self._orders.put((None, Asked(node=self._node, mark=self._mark), Needs(serving=True)))
+        # The engine runs: its environment is not asked again, and its own GPUs are what counts.
+        needs = replace(self._needs, serving=True, executor=None)
+        self._orders.put((None, Asked(node=self._node, mark=self._mark), needs))
 
     def stop(self) -> None:
         self._orders.put(None)
@@ -99,7 +104,19 @@ class Watch:
         while (order := self._orders.get()) is not None:
             revision, asked, needs = order
             try:
+                if asked.probe_script:
+                    write_text(Path(asked.probe_script), self._script, mode=0o700)
                 facts = self._judged(self._ask(asked), needs)
+            except StateError as error:  # the node's own disk is full, or not ours to write
+                full = Finding(
+                    check="disk.free",
+                    verdict="unhealthy",
+                    message=error.message,
+                    device=error.where,
+                    hint=error.hint,
+                    advice="clean up",
+                )
+                facts = NodeFacts(findings=(full,))
             except Exception as error:  # a broken check must be reported, whatever broke it
                 broken = Finding(check="preflight", verdict="unknown", message=repr(error)[:300])
                 facts = NodeFacts(findings=(broken,))
@@ -112,12 +129,12 @@ class Watch:
                     self.health = settled
 
     def _judged(self, evidence: NodeEvidence, needs: Needs) -> NodeFacts:
-        if evidence.gpus and evidence.gpus.vendor == "nvidia" and self._xid_child is None:
+        if evidence.gpus and evidence.gpus.vendor == "nvidia" and self._must_watch_xids():
             self._watch_xids()
-        if self._xids and evidence.kernel:
-            kernel = evidence.kernel.model_copy(
-                update={"xids": (*evidence.kernel.xids, *self._xids)}
-            )
+        if self._xids:
+            # An ordinary user may not read the kernel's log: then these events are all there is.
+            kernel = evidence.kernel or KernelLog()
+            kernel = kernel.model_copy(update={"xids": (*kernel.xids, *self._xids)})
             evidence = evidence.model_copy(update={"kernel": kernel})
         return judge(evidence, needs)
 
@@ -146,6 +163,10 @@ class Watch:
             self._child = None
             raise TimeoutError("the probes' process ended without an answer")
         return NodeEvidence.model_validate_json(answer)
+
+    def _must_watch_xids(self) -> bool:
+        """Not yet watched, or the watcher was killed (an engine's end takes all our children)."""
+        return self._xid_child is None or (self._xid_child.poll() or 0) < 0
 
     def _watch_xids(self) -> None:
         """Wait for the driver's error events; each makes the next look come at once."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from launcher.agent.processes import Reaper
 from launcher.documents import Rehearsal
+from launcher.errors import StateError
 from launcher.files import write_text
 
 PRINTED_MAX = 20_000
@@ -21,17 +22,17 @@ class Rehearsing:
         self._script = folder / "collective.sh"
         self._environment = environment
         self._reaper = reaper
-        write_text(self._script, rehearsal.script, mode=0o700)
         threading.Thread(target=self._run, name="rehearsal", daemon=True).start()
 
     def _run(self) -> None:
         try:
+            write_text(self._script, self._rehearsal.script, mode=0o700)
             _, output = self._reaper.run(
                 ["/bin/bash", str(self._script)],
                 self._environment,
                 self._rehearsal.timeout_s,
                 self._rehearsal.order.encode() + b"\n",
             )
-        except OSError as error:
-            output = f"cannot start: {error.strerror}"
+        except (OSError, StateError) as error:
+            output = f"cannot start: {error}"
         self.printed = output[-PRINTED_MAX:]

@@ -1,6 +1,12 @@
-"""How a question is put to a node, the same for every backend: command and environment. Pure."""
+"""How a question is put to a node, the same for every backend. `answer_here` does I/O."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 from launcher.backends.base import Question
+from launcher.files import write_text
 
 PROBES = "probes"
 
@@ -21,3 +27,24 @@ def environment(question: Question, folder: str, node: str) -> dict[str, str]:
         "LAUNCHER_CACHE": folder,
         **question.environment,
     }
+
+
+def answer_here(question: Question, folder: str, node: str, deadline_s: float) -> tuple[str, str]:
+    """Run the program on this machine; what it printed, and its errors.
+
+    Raises subprocess.TimeoutExpired and StateError.
+    """
+    for name, text in question.files.items():
+        write_text(Path(folder) / name, text, mode=0o700)
+    result = subprocess.run(
+        command(question, sys.executable),
+        input=question.input,
+        env={**os.environ, **environment(question, folder, node)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=deadline_s,
+        check=False,
+    )
+    return result.stdout, result.stderr

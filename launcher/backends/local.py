@@ -20,7 +20,7 @@ from launcher.backends import asking
 from launcher.backends.base import Allocation, Answer, Question, Seen
 from launcher.backends.shared_files import SharedFiles
 from launcher.errors import CapacityError
-from launcher.files import make_private, write_text
+from launcher.files import make_private
 from launcher.snapshot import AllocationView
 from launcher.spec import FleetSpec
 
@@ -107,23 +107,12 @@ class LocalBackend(SharedFiles):
 def _ask(node: str, question: Question, deadline_s: float) -> Answer:
     began_at = time.time()
     with tempfile.TemporaryDirectory(prefix="launcher-ask-") as folder:
-        for name, text in question.files.items():
-            write_text(Path(folder) / name, text, mode=0o700)
         try:
-            result = subprocess.run(
-                asking.command(question, sys.executable),
-                input=question.input,
-                env={**os.environ, **asking.environment(question, folder, node)},
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                timeout=deadline_s,
-                check=False,
-            )
+            output, errors = asking.answer_here(question, folder, node, deadline_s)
         except subprocess.TimeoutExpired:
             problem = f"no answer within {deadline_s:.0f} s"
             return Answer(began_at, time.time(), problem=problem)
-    return Answer(began_at, time.time(), result.stdout, result.stderr)
+    return Answer(began_at, time.time(), output, errors)
 
 
 def _agent_command(allocation: Allocation, node: str) -> list[str]:

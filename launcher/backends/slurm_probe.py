@@ -4,7 +4,6 @@ A replica's job would only time out waiting for agents; this says why in seconds
 """
 
 import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -36,25 +35,9 @@ def look_around(folder: str) -> dict[str, str]:
     return {"node": socket.gethostname(), "version": launcher.__version__}
 
 
-def answer_here(question: str, node: str, folder: str, deadline_s: float) -> tuple[str, str]:
+def answer_on_node(question: str, node: str, folder: str, deadline_s: float) -> tuple[str, str]:
     """Runs on the node: what the program prints there. Importable, as above."""
-    import os
-    import subprocess
-
-    asked = Question(**json.loads(question))
-    for name, text in asked.files.items():
-        (Path(folder) / name).write_text(text)
-    result = subprocess.run(
-        asking.command(asked, sys.executable),
-        input=asked.input,
-        env={**os.environ, **asking.environment(asked, folder, node)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=deadline_s,
-        check=False,
-    )
-    return result.stdout, result.stderr
+    return asking.answer_here(Question(**json.loads(question)), folder, node, deadline_s)
 
 
 def ask_nodes(
@@ -68,7 +51,7 @@ def ask_nodes(
             folder = make_private(state_root() / spec.name / "ask" / node)
             executor = _executor(spec, folder, "ask", nodelist=node, gpus=gpus)
             asked = json.dumps(asdict(question))
-            job = _submit(executor, answer_here, asked, node, str(folder), deadline_s)
+            job = _submit(executor, answer_on_node, asked, node, str(folder), deadline_s)
             submitted[node] = (job, time.time())
         deadline = time.monotonic() + BUSY_AFTER_S
         seen: dict[str, Job] = {}

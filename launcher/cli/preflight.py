@@ -107,7 +107,7 @@ def uncordon(
         wanted = [node for node in wanted if node.name not in unfit and not unfit.get("")]
         code = UNFIT if unfit else 0
     for node in wanted:
-        cordons.change(scope, lambda ledger, name=node.name: ledger.without(name))  # type: ignore[misc]
+        cordons.lift(scope, node.name)
         if scope == "slurm":
             from launcher.slurm_tools.drain import resume
 
@@ -139,7 +139,7 @@ def _look(
         for name, held in cordons.read(ground.backend.kind).cordons.items():
             passed = name in looked.evidence and name not in unfit and "" not in unfit
             if held.kind == "quarantine" and passed:
-                cordons.change(ground.backend.kind, lambda ledger, n=name: ledger.without(n))  # type: ignore[misc]
+                cordons.lift(ground.backend.kind, name)
                 lifted.append(name)
     return looked, lifted
 

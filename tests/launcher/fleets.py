@@ -31,7 +31,7 @@ class FleetUnderTest:
         return self.cli("down", "--fleet", self.name).returncode
 
 
-def fake_spec(backend: dict, model: Path, engine: Path) -> dict:
+def fake_spec(backend: dict | str, model: Path, engine: Path) -> dict:
     """Two hosts with the fake engine, up in a second."""
     return {
         "model": str(model),

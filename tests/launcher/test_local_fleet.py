@@ -12,7 +12,7 @@ import yaml
 
 from launcher.paths import FleetPaths
 from launcher.wish import is_driven
-from tests.launcher.fleets import eventually
+from tests.launcher.fleets import eventually, fake_spec
 
 
 @pytest.fixture
@@ -20,7 +20,8 @@ def fleet(tmp_path, cli, fake_engine, model_folder, fleet_name, state_dir):
     made = LocalFleet(tmp_path, cli, fake_engine, model_folder, fleet_name, state_dir)
     yield made
     made.cli("down", "--fleet", fleet_name)
-    assert made.processes() == []
+    # The controller has said that all is over a moment before its own process ends.
+    assert eventually(lambda: made.processes() == [], 5), made.processes()
 
 
 def words_of(process: psutil.Process) -> list[str]:
@@ -34,17 +35,7 @@ def words_of(process: psutil.Process) -> list[str]:
 class LocalFleet:
     def __init__(self, folder, cli, engine, model, name, state):
         self.folder, self.cli, self.name, self.state = folder, cli, name, state
-        self.spec = {
-            "name": name,
-            "model": str(model),
-            "nodes": 2,
-            "gpus_per_node": 1,
-            "parallelism": {"pipeline": 2},
-            "executor": "mp",
-            "runtime": {"venv": str(engine)},
-            "limits": {"drain": "5s", "start": "30s"},
-            "backend": "local",
-        }
+        self.spec = {"name": name, **fake_spec("local", model, engine)}
 
     @property
     def file(self) -> str:
