@@ -1,0 +1,207 @@
+"""The door for the controller and the command line: start, orders, keys, state, end. I/O.
+
+Orders are files; the tier's processes read them each tenth of a second, and at once when they are
+nudged, which works on the gateway's own host only. Nothing here is in the way of a request.
+"""
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+from launcher.errors import BackendError, StateError
+from launcher.files import make_private, read_document, write_document
+from launcher.gateway.documents import (
+    MEMBERS_MAX,
+    Keys,
+    Member,
+    MemberGoal,
+    Orders,
+    Owner,
+    Settings,
+    State,
+)
+from launcher.gateway.places import GatewayPaths
+from launcher.gateway.processes import is_alive, open_log, tell
+
+STARTS_WITHIN_S = 20.0
+FRESH_S = 5.0
+
+
+class Gateway:
+    """The gateway of one fleet, whichever process looks after it."""
+
+    def __init__(self, paths: GatewayPaths) -> None:
+        self._paths = paths
+
+    # Running
+
+    def is_supervised(self) -> bool:
+        """Whether a supervisor lives, as far as that can be seen from this host."""
+        owner = self._owner()
+        if owner is None:
+            return False
+        if owner.host != socket.gethostname():
+            state = self.state()
+            return state is not None and time.time() - state.at < FRESH_S
+        return is_alive(owner.supervisor)
+
+    def configure(self, settings: Settings) -> None:
+        """What the gateway shall be; a running one follows by itself."""
+        make_private(self._paths.root)
+        if read_document(self._paths.settings, Settings) != settings:
+            write_document(self._paths.settings, settings)
+
+    def start(self) -> None:
+        """Start a supervisor in the background, unless one lives. It adopts what runs."""
+        if self.is_supervised():
+            return
+        with contextlib.suppress(StateError):
+            self._paths.state.unlink(missing_ok=True)
+        with open_log(self._paths.log) as handle:
+            subprocess.Popen(
+                [sys.executable, "-m", "launcher.gateway.supervisor", str(self._paths.root)],
+                stdin=subprocess.DEVNULL,
+                stdout=handle,
+                stderr=handle,
+                start_new_session=True,
+                cwd="/",
+            )
+
+    def wait_until_up(self, timeout_s: float = STARTS_WITHIN_S) -> State:
+        """The state of a gateway that takes requests. Raises BackendError that says why not."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            state = self.state()
+            if state is not None and state.problem:
+                raise BackendError(state.problem, where="gateway")
+            if state is not None and state.front == "up" and state.processes:
+                return state
+            time.sleep(0.05)
+        raise BackendError(
+            f"the gateway did not start within {timeout_s:.0f} s",
+            where=str(self._paths.log),
+            hint="Its log says how far it came.",
+        )
+
+    def renew(self) -> None:
+        """Restart as the version that is installed now, without dropping a request."""
+        self._signal(signal.SIGHUP)
+
+    def stop(self) -> None:
+        """Let it end what is under way, then itself."""
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        owner = self._owner()
+        if owner is None:
+            return
+        if owner.host != socket.gethostname():
+            raise BackendError(
+                f"the gateway runs on {owner.host}",
+                where="gateway",
+                hint=f"Run the command on {owner.host}.",
+            )
+        tell(owner.supervisor, number)
+
+    # Orders
+
+    def orders(self) -> Orders:
+        return read_document(self._paths.orders, Orders) or Orders()
+
+    def give(self, orders: Orders) -> Orders:
+        """Write orders, if they differ from those that count, and nudge."""
+        current = self.orders()
+        wanted = orders.model_copy(update={"revision": current.revision})
+        if wanted == current:
+            return current
+        make_private(self._paths.root)
+        wanted = wanted.model_copy(update={"revision": current.revision + 1})
+        write_document(self._paths.orders, wanted)
+        self._nudge()
+        return wanted
+
+    def add(self, name: str, url: str, *, weight: float = 1.0, **more: str) -> Orders:
+        """A member takes traffic from now on."""
+        member = Member(name=name, slot=0, url=url, weight=weight, **more)  # type: ignore[arg-type]
+        return self._change(lambda members: [*(m for m in members if m.name != name), member])
+
+    def drain(self, name: str) -> Orders:
+        """It gets no new request and ends those that it has."""
+        return self._set_goal(name, "draining")
+
+    def dead(self, name: str) -> Orders:
+        """The verdict: requests that wait for it are freed at once."""
+        return self._set_goal(name, "dead")
+
+    def remove(self, name: str) -> Orders:
+        return self._change(lambda members: [m for m in members if m.name != name])
+
+    def _set_goal(self, name: str, goal: MemberGoal) -> Orders:
+        return self._change(
+            lambda members: [
+                m.model_copy(update={"goal": goal}) if m.name == name else m for m in members
+            ]
+        )
+
+    def _change(self, change: Callable[[list[Member]], list[Member]]) -> Orders:
+        orders = self.orders()
+        members = with_slots(orders.members, change(list(orders.members)))
+        return self.give(orders.model_copy(update={"members": members}))
+
+    def _nudge(self) -> None:
+        """Tell the processes on this host to look now; the others look soon."""
+        owner = self._owner()
+        if owner is None or owner.host != socket.gethostname():
+            return
+        for one in owner.tier:
+            path = f"{owner.run_folder}/admin-{one.pid}.sock"
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as line:
+                line.settimeout(0.5)
+                line.connect(path)
+                line.sendall(b"POST /look HTTP/1.1\r\nHost: tier\r\nContent-Length: 0\r\n\r\n")
+                line.recv(4096)
+
+    # Keys and state
+
+    def keys(self) -> Keys:
+        return read_document(self._paths.keys, Keys) or Keys()
+
+    def give_keys(self, keys: Keys) -> None:
+        make_private(self._paths.root)
+        if keys != self.keys():
+            write_document(self._paths.keys, keys)
+
+    def state(self) -> State | None:
+        """What the gateway said last; None where it never did. `at` tells how old it is."""
+        return read_document(self._paths.state, State)
+
+    def _owner(self) -> Owner | None:
+        try:
+            return read_document(self._paths.owner, Owner)
+        except StateError:
+            return None
+
+
+def with_slots(before: Iterable[Member], wanted: Iterable[Member]) -> tuple[Member, ...]:
+    """Members with a column of their own each; one that was there keeps its own. Pure."""
+    held = {member.name: member.slot for member in before}
+    wanted = list(wanted)
+    names = [member.name for member in wanted]
+    taken = {held[name] for name in names if name in held}
+    # Not the column of one who has just gone: what is still counted there is his.
+    shunned = set(held.values())
+    free = iter(
+        [slot for slot in range(MEMBERS_MAX) if slot not in shunned]
+        + [slot for slot in range(MEMBERS_MAX) if slot in shunned - taken]
+    )
+    slots = {name: held[name] if name in held else next(free) for name in names}
+    return tuple(m.model_copy(update={"slot": slots[m.name]}) for m in wanted)
+
+
+def in_flight(state: State, name: str) -> int:
+    """Requests at this member, over all processes. Pure."""
+    return sum(p.members[name].in_flight for p in state.processes if name in p.members)

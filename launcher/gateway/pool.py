@@ -1,0 +1,185 @@
+"""The members as one process of the tier knows them: orders read, health asked. I/O."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+
+from launcher.errors import StateError
+from launcher.files import read_document
+from launcher.gateway.choose import Seen, choose, may_come
+from launcher.gateway.counters import Counters
+from launcher.gateway.documents import Key, Keys, Member, Orders
+
+READ_EVERY_S = 0.1  # opened anew each time: close-to-open makes that fresh on NFS, too
+CHECK_EVERY_S = 1.0
+CHECK_TIMEOUT_S = 2.0
+DOUBTED_AFTER = 2
+
+log = logging.getLogger("launcher.gateway")
+
+
+class Standing:
+    """One member: its order, what we see of it, and the tries that are under way there."""
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.reachable = True
+        self.fails = 0
+        self.key = _read_key(member.key_file)
+        self.under_way: set[Callable[[str], None]] = set()
+
+    def release_all(self, why: str) -> None:
+        """Free every request that waits for this member."""
+        for abandon in list(self.under_way):
+            abandon(why)
+
+
+class Pool:
+    """Who takes traffic. `changed` is set whenever a waiting request should look again."""
+
+    def __init__(self, folder: Path, counters: Counters, session: aiohttp.ClientSession) -> None:
+        self._orders_file = folder / "orders.json"
+        self._keys_file = folder / "keys.json"
+        self._counters = counters
+        self._session = session
+        self._marks: dict[Path, tuple[int, int, int]] = {}
+        self._checks: dict[str, asyncio.Task[None]] = {}
+        self.orders = Orders()
+        self.keys: dict[str, Key] = {}
+        self.standings: dict[str, Standing] = {}
+        self.changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Read the orders for ever; those that cannot be read leave the last good ones."""
+        while True:
+            self.read()
+            await asyncio.sleep(READ_EVERY_S)
+
+    def read(self) -> None:
+        for path, take in ((self._orders_file, self._take), (self._keys_file, self._take_keys)):
+            try:
+                if self._is_new(path):
+                    take()
+            except (StateError, OSError) as error:
+                log.error("%s; the last good one counts", error)
+
+    def pick(self, tried: frozenset[str]) -> Standing | None:
+        members = self.orders.members
+        seen = {
+            m.name: Seen(
+                self._counters.in_flight(m.slot),
+                self.standings[m.name].reachable,
+                self.standings[m.name].fails < DOUBTED_AFTER,
+            )
+            for m in members
+        }
+        chosen = choose(members, seen, tried, random.random())
+        return self.standings[chosen.name] if chosen else None
+
+    def may_come(self, tried: frozenset[str]) -> bool:
+        return may_come(self.orders.members, tried, expects=self.orders.expects)
+
+    def unreachable(self, standing: Standing) -> None:
+        """A try could not connect: nobody else is sent there until a check can."""
+        standing.reachable = False
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.changed.wait(), timeout_s)
+
+    def _wake(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def _is_new(self, path: Path) -> bool:
+        try:
+            with path.open("rb") as file:
+                found = _identity(file.fileno())
+        except FileNotFoundError:
+            return False
+        if self._marks.get(path) == found:
+            return False
+        self._marks[path] = found
+        return True
+
+    def _take_keys(self) -> None:
+        keys = read_document(self._keys_file, Keys)
+        if keys is not None:
+            self.keys = {key.name: key for key in keys.keys}
+
+    def _take(self) -> None:
+        orders = read_document(self._orders_file, Orders)
+        if orders is None:
+            return
+        kept: dict[str, Standing] = {}
+        for member in orders.members:
+            known = self.standings.pop(member.name, None)
+            if known is None or known.member.url != member.url:
+                if known is not None:
+                    known.release_all("its address changed")
+                known = Standing(member)
+            known.member = member
+            kept[member.name] = known
+            if member.goal == "dead":
+                known.release_all("was declared dead")
+        for gone in self.standings.values():
+            gone.release_all("was removed")
+        self.standings = kept
+        self.orders = orders
+        self._watch_health()
+        self._wake()
+
+    def _watch_health(self) -> None:
+        wanted = {
+            name
+            for name, standing in self.standings.items()
+            if standing.member.goal != "dead" and not standing.member.fallback
+        }
+        for name in list(self._checks):
+            if name not in wanted or self._checks[name].done():
+                self._checks.pop(name).cancel()
+        for name in wanted - self._checks.keys():
+            self._checks[name] = asyncio.create_task(self._check(self.standings[name]))
+
+    async def _check(self, standing: Standing) -> None:
+        """Ask /health for ever. It only stops new traffic; who is dead, the controller says."""
+        timeout = aiohttp.ClientTimeout(total=CHECK_TIMEOUT_S)
+        while self.standings.get(standing.member.name) is standing:
+            began = time.monotonic()
+            was = (standing.reachable, standing.fails >= DOUBTED_AFTER)
+            try:
+                url = f"{standing.member.url}/health"
+                async with self._session.get(url, timeout=timeout) as answer:
+                    good = answer.status == 200
+                standing.reachable = True
+                standing.fails = 0 if good else standing.fails + 1
+            except aiohttp.ClientConnectorError:
+                standing.reachable = False
+            except (aiohttp.ClientError, TimeoutError, OSError):
+                standing.fails += 1
+            if was != (standing.reachable, standing.fails >= DOUBTED_AFTER):
+                self._wake()
+            spent_s = time.monotonic() - began
+            await asyncio.sleep(max(0.1, CHECK_EVERY_S * random.uniform(0.9, 1.1) - spent_s))
+
+
+def _identity(handle: int) -> tuple[int, int, int]:
+    found = os.fstat(handle)
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _read_key(path: str) -> str:
+    if not path:
+        return ""
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        log.error("the key of a member cannot be read: %s", error)
+        return ""

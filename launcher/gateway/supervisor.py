@@ -1,0 +1,319 @@
+"""The gateway's supervisor: `python -m launcher.gateway.supervisor FLEET/gateway`.
+
+It starts the front and the tier's processes, replaces those that die, and says how they are. It
+is not in the way of any request and of no order: when it is killed, both go on, and the next one
+adopts them. HUP makes it a new version of itself, which replaces the tier's processes one by one;
+TERM ends everything when what is under way has ended.
+"""
+
+import asyncio
+import contextlib
+import getpass
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from aiohttp import web
+
+from launcher.errors import BackendError, FleetError, StateError
+from launcher.files import make_private, read_document, write_document
+from launcher.gateway import haproxy, metrics
+from launcher.gateway.documents import Orders, Owner, Settings, State
+from launcher.gateway.front_keeper import FrontKeeper
+from launcher.gateway.owner import PortLock, check_port_is_free
+from launcher.gateway.places import LOG_MAX_BYTES, GatewayPaths, RunFolder
+from launcher.gateway.processes import identity, is_alive, tell
+from launcher.gateway.tier_keeper import TierKeeper
+
+TURN_S = 0.25
+RESTART_PAUSE_MAX_S = 10.0
+CALM_AFTER_S = 60.0
+METRICS_OFFSET = 1000
+
+log = logging.getLogger("launcher.gateway")
+
+
+class Supervisor:
+    def __init__(self, paths: GatewayPaths, settings: Settings, *, renew: bool) -> None:
+        self._paths = paths
+        self._settings = settings
+        self._run = RunFolder(make_private(paths.run_folder))
+        self._lock = PortLock(settings.port)
+        self._front = FrontKeeper(paths, self._run)
+        self._renew_left = list(range(settings.processes)) if renew else []
+        self._failures = 0
+        self._failed_at = 0.0
+        self._restarts = 0
+        self._problem = ""
+        self._metrics_port: int | None = None
+        self._owner: Owner | None = None
+        self._ending = asyncio.Event()
+        self._renewing = False
+
+    async def run(self) -> None:
+        """Adopt or start, then look after it until we are told to end."""
+        self._lock.take(str(self._paths.root))
+        owner = self._former()
+        self._front.process = owner.front if owner and is_alive(owner.front) else None
+        if self._front.process is None:
+            check_port_is_free(self._settings.host, self._settings.port)
+        alive = [one for one in owner.tier if is_alive(one)] if owner else []
+        if not alive:
+            self._run.counters.unlink(missing_ok=True)
+        self._tier = TierKeeper(self._paths, self._run)
+        self._tier.adopt(alive)
+        if alive:
+            log.info("adopted %d processes of the tier", len(alive))
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._ending.set)
+        loop.add_signal_handler(signal.SIGHUP, self._renew)
+        await self._serve_metrics(owner.metrics_port if owner else None)
+        while not self._ending.is_set():
+            await self._turn()
+            if self._renewing:
+                self._become_new()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), TURN_S)
+        await self._end()
+
+    async def _turn(self) -> None:
+        problem = ""
+        try:
+            self._read_settings()
+            await self._tend_tier()
+            await self._tier.ask_all()
+            self._tend_front()
+        except FleetError as error:
+            problem = str(error)
+            if problem != self._problem:
+                log.error("%s", error)
+        self._problem = problem
+        self._tell()
+        self._rotate_logs()
+
+    def _former(self) -> Owner | None:
+        """What an earlier supervisor of this fleet has left on this host."""
+        try:
+            owner = read_document(self._paths.owner, Owner)
+        except StateError:
+            return None
+        return owner if owner and owner.host == socket.gethostname() else None
+
+    def _read_settings(self) -> None:
+        settings = read_settings(self._paths)
+        if (settings.host, settings.port) != (self._settings.host, self._settings.port):
+            raise BackendError("the address of a running gateway does not change", where="port")
+        if settings != self._settings:
+            self._settings = settings
+            self._renew_left = list(range(settings.processes))  # they read them at their start
+
+    async def _tend_tier(self) -> None:
+        wanted = self._settings.processes
+        for what in self._tier.tend(wanted):
+            self._note_failure(what)
+        if self._is_pausing():
+            return
+        if missing := self._tier.missing(wanted):
+            for index in missing:
+                self._tier.start(index)
+        elif self._renew_left and self._tier.all_answer:
+            index = self._renew_left.pop(0)
+            if index < wanted:
+                await self._tier.replace(index)
+        self._write_owner()
+
+    def _tend_front(self) -> None:
+        if is_alive(self._front.process):
+            self._front.follow(self._settings)
+            return
+        if self._front.process is not None:
+            self._front.process = None
+            self._note_failure("the front died")
+        if self._tier.states and not self._is_pausing():  # somebody is behind it
+            self._front.start(self._settings)
+            self._write_owner()
+
+    def _note_failure(self, what: str) -> None:
+        calm = time.monotonic() - self._failed_at > CALM_AFTER_S
+        self._failures = 1 if calm else self._failures + 1
+        self._failed_at = time.monotonic()
+        self._restarts += 1
+        log.error("%s", what)
+
+    def _is_pausing(self) -> bool:
+        """Replaced at once at first, then ever later: a crash loop must not eat the host."""
+        if self._failures <= 2:
+            return False
+        pause_s: float = min(RESTART_PAUSE_MAX_S, 0.5 * 2 ** min(self._failures - 3, 8))
+        return time.monotonic() < self._failed_at + pause_s
+
+    def _renew(self) -> None:
+        self._renewing = True
+
+    def _become_new(self) -> None:
+        """Our own new version, in the same process: children and their pids stay."""
+        self._write_owner()
+        log.info("becoming a new version")
+        words = [sys.executable, "-m", "launcher.gateway.supervisor", str(self._paths.root)]
+        os.execv(sys.executable, [*words, "--renew"])  # noqa: S606 - no shell is wanted
+
+    # What is said
+
+    def _state(self) -> State:
+        settings = self._settings
+        living = [one.pid for one in self._tier.everyone]
+        try:
+            orders = read_document(self._paths.orders, Orders) or Orders()
+        except StateError:
+            orders = Orders()
+        return State(
+            fleet=settings.fleet,
+            address=address_of(settings),
+            host=socket.gethostname(),
+            supervisor_pid=os.getpid(),
+            front="up" if self._front.is_up else "down",
+            processes=[self._tier.states[pid] for pid in living if pid in self._tier.states],
+            orders=orders,
+            metrics_port=self._metrics_port,
+            problem=self._problem,
+            restarts=self._restarts,
+            at=time.time(),
+        )
+
+    def _tell(self) -> None:
+        try:
+            write_document(self._paths.state, self._state())
+        except StateError as error:  # a full disk ends the telling, not the serving
+            log.error("%s", error)
+
+    def _write_owner(self) -> None:
+        owner = Owner(
+            fleet=self._settings.fleet,
+            folder=str(self._paths.root),
+            user=getpass.getuser(),
+            host=socket.gethostname(),
+            port=self._settings.port,
+            run_folder=str(self._run.root),
+            supervisor=identity(os.getpid()),
+            front=self._front.process,
+            tier=tuple(self._tier.everyone),
+            metrics_port=self._metrics_port,
+        )
+        if owner == self._owner:
+            return
+        self._owner = owner
+        with contextlib.suppress(StateError):
+            write_document(self._paths.owner, owner)
+        self._lock.write(owner)
+
+    async def _serve_metrics(self, before: int | None) -> None:
+        app = web.Application()
+        app.router.add_get("/metrics", self._tell_metrics)
+        self._metrics = web.AppRunner(app, access_log=None)
+        await self._metrics.setup()
+        for port in (before or min(self._settings.port + METRICS_OFFSET, 65535), 0):
+            try:
+                await web.TCPSite(self._metrics, "127.0.0.1", port).start()
+            except OSError:
+                continue
+            self._metrics_port = self._metrics.addresses[0][1]
+            break
+        self._write_owner()
+
+    async def _tell_metrics(self, request: web.Request) -> web.Response:
+        try:
+            front = haproxy.statistics(self._run.front_socket)
+        except BackendError:
+            front = {}
+        text = metrics.exposition(self._state(), front)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
+
+    def _rotate_logs(self) -> None:
+        for path in (self._paths.log, self._paths.front_log):
+            with contextlib.suppress(OSError):
+                if path.stat().st_size > LOG_MAX_BYTES:
+                    # Copied and cut: those who write keep the file open, always at its end.
+                    path.with_suffix(".log.1").write_bytes(path.read_bytes())
+                    os.truncate(path, 0)
+
+    # The end
+
+    async def _end(self) -> None:
+        """No new requests; those under way end, for as long as they may; then everything."""
+        log.info("ending")
+        tell(self._front.process, signal.SIGUSR1)  # closes the port
+        deadline = time.monotonic() + self._settings.drain_s
+        while time.monotonic() < deadline:
+            self._tier.tend(self._settings.processes)
+            await self._tier.ask_all()
+            self._tell()
+            if not sum(state.in_flight for state in self._tier.states.values()):
+                break
+            await asyncio.sleep(0.1)
+        for number, wait_s in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
+            living = [p for p in (self._front.process, *self._tier.everyone) if is_alive(p)]
+            for one in living:
+                tell(one, number)
+            limit = time.monotonic() + wait_s
+            while time.monotonic() < limit and any(is_alive(one) for one in living):
+                await asyncio.sleep(0.02)
+        await self._metrics.cleanup()
+        for leftover in self._run.root.iterdir():
+            leftover.unlink(missing_ok=True)
+        self._run.root.rmdir()
+        self._tier.tend(0)
+        self._tell()
+        self._paths.owner.unlink(missing_ok=True)
+        self._lock.release()
+
+
+def read_settings(paths: GatewayPaths) -> Settings:
+    settings = read_document(paths.settings, Settings)
+    if settings is None:
+        raise StateError("is not there", where=str(paths.settings))
+    return settings
+
+
+def address_of(settings: Settings) -> str:
+    scheme = "https" if settings.certificate else "http"
+    return f"{scheme}://{settings.announced or settings.host}:{settings.port}"
+
+
+def _say_why_not(paths: GatewayPaths, error: FleetError) -> None:
+    """Where the one who started us looks."""
+    failed = State(
+        fleet=paths.root.parent.name,
+        address="",
+        host=socket.gethostname(),
+        supervisor_pid=os.getpid(),
+        front="down",
+        processes=[],
+        orders=Orders(),
+        metrics_port=None,
+        problem=str(error),
+        at=time.time(),
+    )
+    with contextlib.suppress(StateError):
+        write_document(paths.state, failed)
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s gateway %(process)d %(message)s")
+    paths = GatewayPaths(Path(sys.argv[1]))
+    try:
+        settings = read_settings(paths)
+        asyncio.run(Supervisor(paths, settings, renew="--renew" in sys.argv[2:]).run())
+    except FleetError as error:
+        log.error("%s", error)
+        _say_why_not(paths, error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The processes of the tier as the supervisor keeps them: started, asked, replaced. I/O."""
+
+import asyncio
+import logging
+import signal
+import subprocess
+import sys
+import time
+
+import aiohttp
+
+from launcher.gateway.counters import ROWS, Counters
+from launcher.gateway.documents import TierProcess, TierState
+from launcher.gateway.places import GatewayPaths, RunFolder
+from launcher.gateway.processes import identity, is_alive, open_log, tell
+
+ASK_TIMEOUT_S = 2.0
+HUNG_AFTER_S = 10.0
+STARTS_WITHIN_S = 15.0
+
+log = logging.getLogger("launcher.gateway")
+
+
+class TierKeeper:
+    """Those that take requests, and those that end their last ones (retiring)."""
+
+    def __init__(self, paths: GatewayPaths, run: RunFolder) -> None:
+        self.serving: list[TierProcess] = []
+        self.retiring: list[TierProcess] = []
+        self.states: dict[int, TierState] = {}
+        self._paths = paths
+        self._run = run
+        self._counters = Counters(run.counters, ROWS - 1)
+        self._heard: dict[int, float] = {}
+
+    @property
+    def everyone(self) -> list[TierProcess]:
+        return [*self.serving, *self.retiring]
+
+    @property
+    def all_answer(self) -> bool:
+        return bool(self.serving) and all(one.pid in self.states for one in self.serving)
+
+    def adopt(self, processes: list[TierProcess]) -> None:
+        """Processes of an earlier supervisor. The newest of an index serves, others retire."""
+        for row in set(range(ROWS - 1)) - {one.row for one in processes}:
+            self._counters.clear(row)
+        for one in sorted(processes, key=lambda one: one.started_at):
+            for older in [other for other in self.serving if other.index == one.index]:
+                self.retire(older)
+            self.serving.append(one)
+            self._heard[one.pid] = time.monotonic()
+
+    def tend(self, wanted: int) -> list[str]:
+        """Bury the dead, end the hung, retire what is too many; what died, in words."""
+        died = []
+        now = time.monotonic()
+        for one in self.everyone:
+            if not is_alive(one):
+                if one in self.serving:
+                    died.append(f"process {one.pid} of the tier died")
+                self._forget(one)
+            elif now - self._heard.get(one.pid, now) > HUNG_AFTER_S:
+                log.error("process %d of the tier hangs; it is ended", one.pid)
+                tell(one, signal.SIGKILL)
+        for one in [one for one in self.serving if one.index >= wanted]:
+            self.retire(one)
+        return died
+
+    def missing(self, wanted: int) -> list[int]:
+        return [i for i in range(wanted) if all(one.index != i for one in self.serving)]
+
+    def start(self, index: int) -> TierProcess:
+        used = {one.row for one in self.everyone}
+        row = next(row for row in range(ROWS - 1) if row not in used)
+        words = [sys.executable, "-m", "launcher.gateway.tier"]
+        words += [str(self._paths.root), str(self._run.root), str(index), str(row)]
+        with open_log(self._paths.log) as handle:
+            started = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=handle,
+                stderr=handle,
+                start_new_session=True,
+                cwd="/",
+            )
+        known = identity(started.pid)
+        made = TierProcess(pid=known.pid, started_at=known.started_at, row=row, index=index)
+        self.serving.append(made)
+        self._heard[made.pid] = time.monotonic() + STARTS_WITHIN_S
+        return made
+
+    async def replace(self, index: int) -> None:
+        """A new process for this index; the old one ends its requests once the new one answers."""
+        old = [one for one in self.serving if one.index == index]
+        new = self.start(index)
+        deadline = time.monotonic() + STARTS_WITHIN_S
+        while time.monotonic() < deadline and is_alive(new):
+            if await self._ask(new) is not None:
+                for one in old:
+                    self.retire(one)
+                return
+            await asyncio.sleep(0.05)
+        log.error("the new process of index %d does not answer; the old one stays", index)
+        tell(new, signal.SIGKILL)
+        self._forget(new)
+
+    def retire(self, one: TierProcess) -> None:
+        self.serving.remove(one)
+        self.retiring.append(one)
+        tell(one, signal.SIGTERM)
+
+    async def ask_all(self) -> None:
+        everyone = self.everyone
+        answers = await asyncio.gather(*(self._ask(one) for one in everyone))
+        for one, state in zip(everyone, answers, strict=True):
+            if state is not None:
+                self.states[one.pid] = state
+                self._heard[one.pid] = time.monotonic()
+
+    async def _ask(self, one: TierProcess) -> TierState | None:
+        connector = aiohttp.UnixConnector(str(self._run.admin_socket(one.pid)))
+        timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_S)
+        try:
+            async with (
+                aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+                session.get("http://tier/state") as answer,
+            ):
+                return TierState.model_validate_json(await answer.read())
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+            return None
+
+    def _forget(self, one: TierProcess) -> None:
+        for group in (self.serving, self.retiring):
+            if one in group:
+                group.remove(one)
+        self._counters.clear(one.row)
+        self.states.pop(one.pid, None)
+        self._heard.pop(one.pid, None)
+        self._run.admin_socket(one.pid).unlink(missing_ok=True)
