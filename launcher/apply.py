@@ -94,11 +94,10 @@ class Executor:
                 except FleetError as error:
                     self._journal.write("failed", step="resume", error=str(error))
 
-    def set_endpoint(self, endpoint: str | None) -> None:
-        """The fleet's address, found once."""
-        if endpoint:
-            self._save(self.record.model_copy(update={"first_endpoint": endpoint}))
-            self._journal.write("endpoint", endpoint=endpoint)
+    def set_endpoint(self, endpoint: str) -> None:
+        """The fleet's address, as clients call it."""
+        self._save(self.record.model_copy(update={"endpoint": endpoint}))
+        self._journal.write("endpoint", endpoint=endpoint)
 
     def _release(self, step: Release, now: float) -> None:
         """The intent is in the record since Down or Fail; here the end is, once it is reached."""

@@ -18,7 +18,8 @@ from launcher.record import ReplicaRecord
 from launcher.spec import FleetSpec
 from launcher.steps import Context
 
-OUR_SECRETS = ("api_key", "agent_token", "ray_token")
+# What clients and the gateway know; no node needs it.
+SECRETS_OF_GATEWAY = ("api_key", "fallback_key")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,11 @@ def make_allocation(
         exclude=replica.exclude,
         base=base,
         config=config,
-        secrets=read_secrets(paths.secrets),
+        secrets={
+            name: value
+            for name, value in read_secrets(paths.secrets).items()
+            if name not in SECRETS_OF_GATEWAY
+        },
     )
 
 
@@ -96,7 +101,7 @@ def make_ground(spec: FleetSpec, paths: FleetPaths, *, check: bool) -> Ground:
             where=f"backend.{backend.kind}",
             hint="Ask for fewer nodes or replicas, name another pool, or `launcher uncordon`.",
         )
-    secret_names = {"VLLM_API_KEY": "api_key", **{name: name for name in spec.secrets}}
+    secret_names = {"VLLM_API_KEY": "engine_key", **{name: name for name in spec.secrets}}
     context = Context(
         spec=spec,
         layout=layout,

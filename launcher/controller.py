@@ -31,7 +31,8 @@ from launcher.snapshot import Snapshot
 from launcher.spec import FleetSpec
 from launcher.status import Status, StatusError, make_status
 from launcher.steps import Plan
-from launcher.verdicts import endpoint_of, replica_phase
+from launcher.traffic import Traffic
+from launcher.verdicts import replica_phase
 from launcher.wish import Driver, Wish, read_record, read_wish, take_the_wheel
 
 # Until ranks are given every wait of ours delays the engine; afterwards the engine is waited for.
@@ -76,6 +77,7 @@ class Controller:
             before = read_record(self.paths, self.wish.run - 1)
             record = new_record(ground.context, self.wish.run, before, time.time())
         executor = Executor(ground, record, self.run_paths)
+        traffic = Traffic(self.paths, self.spec, self.run_paths.spec, self.journal)
         executor.resume()
         self._known = ground.context.known
         pulse = Pulse(read_secrets(self.paths.secrets)["agent_token"].encode())
@@ -83,14 +85,18 @@ class Controller:
         pulse.start()
         observer = Observer(ground.backend, pulse)
         try:
-            while not self._ordered_to_end and not self._round(ground, executor, observer):
+            while not self._ordered_to_end and not self._round(
+                ground, executor, observer, traffic
+            ):
                 self._woken.wait(self._turn_s(executor.record))
                 self._woken.clear()
         finally:
             pulse.stop()
             ground.backend.close()
 
-    def _round(self, ground: Ground, executor: Executor, observer: Observer) -> bool:
+    def _round(
+        self, ground: Ground, executor: Executor, observer: Observer, traffic: Traffic
+    ) -> bool:
         """One turn of the loop; True when nothing is left to do, ever."""
         self._drive()
         wish = read_wish(self.paths)
@@ -101,7 +107,9 @@ class Controller:
             self._allocations(ground, executor.record),
             self.wish.desired,
             cordons.read(ground.backend.kind),
+            traffic.look(executor.record),
         )
+        traffic.give_orders(executor.record, snapshot)  # before anything is stopped
         plan = make_plan(ground.context, executor.record, snapshot)
         problems = lint(ground.context, executor.record, plan, snapshot.ledger)
         if problems:
@@ -110,6 +118,8 @@ class Controller:
             plan = Plan(waiting_for=tuple(problems))
         self._remember_endpoint(executor, snapshot)
         executor.apply(plan, snapshot.now)
+        if plan.finished:
+            traffic.stop()
         self._write_status(executor.record, snapshot, plan)
         self._acted = bool(plan.steps)
         return plan.finished
@@ -130,14 +140,17 @@ class Controller:
         }
 
     def _remember_endpoint(self, executor: Executor, snapshot: Snapshot) -> None:
-        """The fleet's address is the first replica's, once it serves, and stays so."""
-        if executor.record.first_endpoint:
+        """The fleet's address is the gateway's, told once a replica serves behind it."""
+        gateway = snapshot.gateway
+        if not gateway.is_up or executor.record.endpoint == gateway.address:
             return
-        for name, replica in executor.record.replicas.items():
-            view = snapshot.replicas[name]
-            if replica_phase(replica, view) == "serving":
-                executor.set_endpoint(endpoint_of(replica, view))
-                return
+        serving = (
+            name
+            for name, replica in executor.record.replicas.items()
+            if replica_phase(replica, snapshot.replicas[name]) == "serving"
+        )
+        if any(gateway.requests.get(name) is not None for name in serving):
+            executor.set_endpoint(gateway.address)
 
     def _write_status(self, record: RunRecord, snapshot: Snapshot, plan: Plan) -> None:
         status = make_status(

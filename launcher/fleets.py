@@ -1,5 +1,6 @@
 """What the CLI does to a fleet: begin a run, wish it up or down, watch its status. I/O."""
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -8,8 +9,10 @@ from pathlib import Path
 
 from launcher import secretstore
 from launcher.context import Ground
-from launcher.errors import StateError, UsageError
+from launcher.errors import FleetError, PreflightError, SpecError, StateError, UsageError
 from launcher.files import make_private, read_document, read_tail, write_document
+from launcher.gateway.door import Gateway
+from launcher.gateway.owner import check_port_is_free
 from launcher.paths import RUNS_KEPT, FleetPaths, state_root
 from launcher.spec import FleetSpec, differences
 from launcher.status import Status
@@ -53,8 +56,11 @@ def begin(spec: FleetSpec, ground: Ground) -> Begun:
                 where="up",
                 hint=f"`launcher down --fleet {spec.name}` first, then up again.",
             )
+        if running != spec:  # the keys that may change while it runs
+            write_document(paths.run(current.run).spec, spec)
         return Begun(paths, current, adopted=True, since=ensure_driven(paths, current))
     ground.backend.close()
+    check_address(spec, paths)
     run = next_run(paths)
     secretstore.provide(spec, paths.secrets)
     make_private(paths.run(run).root)
@@ -63,6 +69,21 @@ def begin(spec: FleetSpec, ground: Ground) -> Begun:
     since = ensure_driven(paths, wish)
     _rotate(paths, run)
     return Begun(paths, wish, adopted=False, since=since)
+
+
+def check_address(spec: FleetSpec, paths: FleetPaths) -> None:
+    """Refuse a port that somebody else has, or a certificate that is not there, before anything
+    is started. Raises PreflightError and SpecError."""
+    for file in (spec.gateway.tls.certificate, spec.gateway.tls.key) if spec.gateway.tls else ():
+        if not os.access(file, os.R_OK):
+            raise SpecError("cannot be read", where=f"gateway.tls: {file}")
+    if spec.port is None or Gateway(paths.gateway).is_supervised():
+        return
+    host = "127.0.0.1" if spec.backend.kind == "local" else "0.0.0.0"
+    try:
+        check_port_is_free(host, spec.port)
+    except FleetError as error:
+        raise PreflightError(error.message, where="port", hint=error.hint) from error
 
 
 def is_up(paths: FleetPaths) -> bool:

@@ -8,7 +8,7 @@ from launcher.backends.base import Allocation, Backend, Seen
 from launcher.errors import FleetError
 from launcher.pulse import Pulse, Target
 from launcher.record import ReplicaRecord, RunRecord
-from launcher.snapshot import AllocationView, NodeView, ReplicaView, Snapshot
+from launcher.snapshot import AllocationView, GatewayView, NodeView, ReplicaView, Snapshot
 
 
 class Observer:
@@ -30,6 +30,7 @@ class Observer:
         allocations: dict[str, Allocation],
         desired: Literal["up", "down"],
         ledger: Ledger,
+        gateway: GatewayView,
     ) -> Snapshot:
         """A snapshot with a view of every replica; what could not be seen is in it as unknown."""
         views = {}
@@ -42,7 +43,9 @@ class Observer:
             views[name] = self._replica(replica, allocation, targets)
         if self._pulse:
             self._pulse.aim(targets)
-        return Snapshot(now=time.time(), desired=desired, replicas=views, ledger=ledger)
+        return Snapshot(
+            now=time.time(), desired=desired, replicas=views, ledger=ledger, gateway=gateway
+        )
 
     def _replica(
         self, replica: ReplicaRecord, allocation: Allocation, targets: dict[str, Target]

@@ -6,7 +6,8 @@ $LAUNCHER_STATE_DIR (~/.local/state/launcher)
     ├── wish.json              what the user wants (the CLI writes, the controller reads)
     ├── status.json            what is (the controller writes, the CLI reads)
     ├── controller.json        who drives: host, pid, beat
-    ├── secrets/               mode 0700: api_key, agent_token, ray_token, HF_TOKEN …
+    ├── secrets/               mode 0700: api_key, engine_key, agent_token, HF_TOKEN …
+    ├── gateway/               the one address (launcher/gateway/places.py)
     └── runs/RUN/              one life of the fleet, from `up` to `down`
         ├── spec.json  record.json  journal.ndjson  controller.log
         ├── rendered/          byte for byte what `launcher render` writes
@@ -19,6 +20,8 @@ $LAUNCHER_STATE_DIR (~/.local/state/launcher)
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from launcher.gateway.places import GatewayPaths
 
 RUNS_KEPT = 5
 
@@ -121,6 +124,10 @@ class FleetPaths:
     @property
     def secrets(self) -> Path:
         return self.root / "secrets"
+
+    @property
+    def gateway(self) -> GatewayPaths:
+        return GatewayPaths(self.root / "gateway")
 
     @property
     def api_key(self) -> Path:

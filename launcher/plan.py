@@ -31,6 +31,7 @@ STOP_CONFIRM_S = 20.0
 ATTRIBUTION_S = 6.0
 LEADER_FIRST_S = 10.0
 FOLLOWER_GRACE_S = 1
+GATEWAY_TELLS_S = 3.0
 
 
 def make_plan(context: Context, record: RunRecord, snapshot: Snapshot) -> Plan:
@@ -77,10 +78,8 @@ def _plan_replica(
 ) -> _Result:
     if replica.released:
         return [], []
-    if replica.intent == "down":
-        return _plan_down(replica, view, snapshot.now, context.spec.limits.drain)
-    if snapshot.desired == "down":
-        return ([] if replica.intent == "none" else [Down(replica.name)]), []
+    if replica.intent == "down" or snapshot.desired == "down":
+        return _plan_end(context, replica, view, snapshot)
     if replica.intent == "swap":
         steps, _ = _plan_down(replica, view, snapshot.now, 0)
         return steps, ["another node"]
@@ -104,6 +103,18 @@ def _plan_replica(
     if replica.ranked_at is None:
         return _plan_preflight(context, run, replica, view, snapshot)
     return _plan_watch(context, run, replica, view, snapshot)
+
+
+def _plan_end(
+    context: Context, replica: ReplicaRecord, view: ReplicaView, snapshot: Snapshot
+) -> _Result:
+    if replica.intent == "none":
+        return [], []
+    if replica.intent != "down":
+        return [Down(replica.name)], []
+    if under_way := _under_way(context, replica, snapshot):
+        return [], [under_way]
+    return _plan_down(replica, view, snapshot.now, context.spec.limits.drain)
 
 
 def _choose_nodes(
@@ -285,6 +296,20 @@ def _plan_down(replica: ReplicaRecord, view: ReplicaView, now: float, drain_s: i
     return [Release(replica.name, replica.allocation)], []
 
 
+def _under_way(context: Context, replica: ReplicaRecord, snapshot: Snapshot) -> str:
+    """What an orderly end still waits for at the gateway, which sends no new requests here."""
+    told_to_stop = any(_ordered_to_stop(replica, node) for node in replica.nodes)
+    if replica.failure or told_to_stop or not snapshot.gateway.is_up or not replica.serving_at:
+        return ""
+    waited = snapshot.now - (replica.stopping_at or snapshot.now)
+    requests = snapshot.gateway.requests.get(replica.name)
+    if requests is None:
+        return "the gateway to take no more requests" if waited < GATEWAY_TELLS_S else ""
+    if requests and waited < context.spec.limits.drain:
+        return f"{requests} request{'s' if requests > 1 else ''} to end"
+    return ""
+
+
 def _reports(replica: ReplicaRecord, view: ReplicaView) -> dict[str, Report]:
     return {
         node: seen.report
@@ -297,8 +322,7 @@ def _checks(context: Context, replica: ReplicaRecord, reports: dict[str, Report]
     """The first assignment of each node: look at yourself, and at who hears you."""
     steps: list[Step] = []
     for rank, node in enumerate(replica.nodes):
-        block = ports.block(replica.slot + _offset(context, rank), None)
-        block["api"] = _api_port(context, replica)
+        block = ports.block(replica.slot + _offset(context, rank))
         checks = Checks(
             probe_script=context.scripts["engine-probe.sh"],
             executor=context.layout.executor,
@@ -329,8 +353,8 @@ def _checks(context: Context, replica: ReplicaRecord, reports: dict[str, Report]
 def _again_elsewhere(
     context: Context, replica: ReplicaRecord, reports: dict[str, Report]
 ) -> list[Step]:
-    """A busy port of our own choice is no fault of the node: try the next block, some times."""
-    if context.spec.port is not None or replica.slots_tried >= ports.SLOTS // 4:
+    """A busy port is no fault of the node: try the next block, some times."""
+    if replica.slots_tried >= ports.SLOTS // 4:
         return []
     for node, report in reports.items():
         current = report.checks_for == replica.revision_of(node)
@@ -356,12 +380,12 @@ def _rank(
 ) -> list[Step]:
     steps: list[Step] = []
     leader = replica.nodes[0]
-    leader_ports = ports.block(replica.slot, None) | {"api": _api_port(context, replica)}
+    leader_ports = ports.block(replica.slot)
     shown = {}
     if rehearses:
         shown = rehearsal.rehearsals(context, replica, chosen, leader_ports["collective"])
     for rank, node in enumerate(replica.nodes):
-        guard = ports.block(replica.slot + _offset(context, rank), None)["guard"]
+        guard = ports.block(replica.slot + _offset(context, rank))["guard"]
         others = [leader, *replica.nodes] if rank else list(replica.nodes)
         peers = tuple(
             Peer(
@@ -415,13 +439,6 @@ def _ordered_to_stop(replica: ReplicaRecord, node: str) -> bool:
 
 def _offset(context: Context, rank: int) -> int:
     return rank if context.shares_machine else 0
-
-
-def _api_port(context: Context, replica: ReplicaRecord) -> int:
-    """The user's port for the first replica; the others count up, for they may share a node."""
-    if context.spec.port is None:
-        return ports.block(replica.slot, None)["api"]
-    return context.spec.port + int(replica.name[1:]) - 1
 
 
 def _allocation_gone(reason: str, now: float) -> Failure:

@@ -42,13 +42,10 @@ def preferred_slot(user_id: int, fleet: str, replica: str) -> int:
     return int.from_bytes(digest[:4], "big") % SLOTS
 
 
-def block(slot: int, api_port: int | None) -> dict[str, int]:
-    """Port by purpose. api_port: the user's own choice for the leader's HTTP port."""
+def block(slot: int) -> dict[str, int]:
+    """Port by purpose."""
     base = FIRST + (slot % SLOTS) * BLOCK
-    ports = {name: base + offset for name, offset in _OFFSETS.items()}
-    if api_port is not None:
-        ports["api"] = api_port
-    return ports
+    return {name: base + offset for name, offset in _OFFSETS.items()}
 
 
 def to_check(ports: dict[str, int], *, leader: bool) -> tuple[int, ...]:

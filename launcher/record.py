@@ -63,5 +63,5 @@ class RunRecord(Document):
     run: int
     started_at: float
     replicas: dict[str, ReplicaRecord] = Field(default_factory=dict)
-    first_endpoint: str | None = None
+    endpoint: str | None = None
     timings: dict[str, float] = Field(default_factory=dict)

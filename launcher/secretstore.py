@@ -15,14 +15,18 @@ SECRET_MAX_BYTES = 64 * 1024
 def provide(spec: FleetSpec, folder: Path) -> None:
     """Put every secret that the fleet needs into its folder. Raises SpecError for a missing one.
 
-    The API key stays the same for the fleet's life; the other tokens are made anew for each run.
+    The API key is the clients' and stays the same for the fleet's life. The engines have one of
+    their own, which only the gateway knows; it and the other tokens are made anew for each run.
     """
     make_private(folder)
     if not (folder / "api_key").is_file():
         write_text(folder / "api_key", f"sk-{secrets.token_urlsafe(32)}\n")
-    for name in ("agent_token", "ray_token"):
+    for name in ("engine_key", "agent_token", "ray_token"):
         write_text(folder / name, secrets.token_hex(32))
-    for name, source in spec.secrets.items():
+    sources = dict(spec.secrets)
+    if spec.gateway.fallback and spec.gateway.fallback.key:
+        sources["fallback_key"] = spec.gateway.fallback.key
+    for name, source in sources.items():
         if source.env is not None:
             value = os.environ.get(source.env)
             if not value:

@@ -41,6 +41,20 @@ class ReplicaView:
 
 
 @dataclass(frozen=True)
+class GatewayView:
+    """The one address: whether it takes requests, and how many are under way at each replica.
+
+    requests: by replica; None where the gateway has not told since its last orders.
+    """
+
+    is_up: bool = False
+    address: str = ""
+    requests: dict[str, int | None] = field(default_factory=dict)
+    waiting: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """The world at `now` (seconds since the epoch, for people and deadlines of minutes)."""
 
@@ -48,3 +62,4 @@ class Snapshot:
     desired: Literal["up", "down"]
     replicas: dict[str, ReplicaView]
     ledger: Ledger = field(default_factory=Ledger)
+    gateway: GatewayView = field(default_factory=GatewayView)

@@ -154,6 +154,34 @@ class Limits(Section):
     orphan: Duration = 1800
 
 
+class Tls(Section):
+    """A certificate (with its chain) and its key, PEM files; a changed file is taken at once."""
+
+    certificate: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    key: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+
+
+class Fallback(Section):
+    """A smaller model that serves when no replica is left; its answers say so in a header."""
+
+    url: Annotated[str, StringConstraints(pattern=r"^https?://\S+$", max_length=1024)]
+    model: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+    key: SecretSource | None = None
+
+
+class Gateway(Section):
+    """The one address of the fleet. host: what clients call it; auto finds it."""
+
+    host: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,253}$")] = "auto"
+    processes: Annotated[int, Field(ge=1, le=8)] = 2
+    tls: Tls | None = None
+    body_max_bytes: Annotated[int, Field(ge=1024, le=2**31)] = 64 * 1024 * 1024
+    waiting_max: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    hold: Duration = 300
+    continue_streams: bool = False
+    fallback: Fallback | None = None
+
+
 class LocalBackend(Section):
     """This machine plays all nodes, each with a loopback address of its own."""
 
@@ -227,6 +255,7 @@ class FleetSpec(Section):
     interface: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:\-]{1,15}$")] = "auto"
     port: Annotated[int, Field(ge=1024, le=65535)] | None = None
     preflight: Literal["passive", "quick"] = "quick"
+    gateway: Gateway = Gateway()
     limits: Limits = Limits()
     backend: Annotated[Backend, BeforeValidator(_short_backend)] = Backend(local=LocalBackend())
 
@@ -274,7 +303,7 @@ def _check_environment_name(name: str) -> None:
 
 
 # Keys that may change while the fleet runs; every other difference needs new engines.
-CHANGES_IN_PLACE = frozenset({"limits", "preflight"})
+CHANGES_IN_PLACE = frozenset({"limits", "preflight", "gateway"})
 
 
 def differences(old: FleetSpec, new: FleetSpec) -> list[str]:

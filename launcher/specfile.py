@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -115,6 +116,8 @@ def _absolute(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
             else source
             for name, source in out["secrets"].items()
         }
+    if isinstance(out.get("gateway"), dict):
+        out["gateway"] = _absolute_gateway(out["gateway"], path)
     if isinstance(out.get("backend"), dict) and isinstance(out["backend"].get("ssh"), dict):
         ssh = out["backend"]["ssh"]
         if "inventory" in ssh:
@@ -122,6 +125,20 @@ def _absolute(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
                 **out["backend"],
                 "ssh": {**ssh, "inventory": path(ssh["inventory"])},
             }
+    return out
+
+
+def _absolute_gateway(gateway: dict[str, Any], path: Callable[[Any], Any]) -> dict[str, Any]:
+    out = dict(gateway)
+    if isinstance(out.get("tls"), dict):
+        out["tls"] = {name: path(value) for name, value in out["tls"].items()}
+    fallback = out.get("fallback")
+    if isinstance(fallback, dict) and isinstance(fallback.get("key"), dict):
+        key = fallback["key"]
+        out["fallback"] = {
+            **fallback,
+            "key": {**key, "file": path(key["file"])} if "file" in key else key,
+        }
     return out
 
 

@@ -109,12 +109,16 @@ def make_status(
             exit_code=first.exit_code,
         )
     phases = [replica.phase for replica in replicas]
+    waits = list(waiting_for)
+    told_of_gateway = snapshot.gateway.problem or "to take requests"
+    if snapshot.desired == "up" and "serving" in phases and not snapshot.gateway.is_up:
+        waits.append(f"the gateway: {told_of_gateway}")
     return Status(
         fleet=fleet,
         run=record.run,
         desired=snapshot.desired,
-        phase=_fleet_phase(phases, snapshot.desired, finished),
-        endpoint=record.first_endpoint,
+        phase=_fleet_phase(phases, snapshot, record.endpoint, finished=finished),
+        endpoint=record.endpoint,
         api_key_file=api_key_file,
         model=model,
         backend=backend,
@@ -124,7 +128,7 @@ def make_status(
             for held in snapshot.ledger.cordons.values()
             if held.node in known
         ],
-        waiting_for=list(waiting_for),
+        waiting_for=waits,
         error=error,
         updated_at=snapshot.now,
         finished=finished,
@@ -132,11 +136,14 @@ def make_status(
 
 
 def _fleet_phase(
-    phases: list[str], desired: str, finished: bool
+    phases: list[str], snapshot: Snapshot, endpoint: str | None, *, finished: bool
 ) -> Literal["starting", "serving", "degraded", "failed", "stopping", "stopped"]:
-    if desired == "down":
+    if snapshot.desired == "down":
         return "stopped" if finished else "stopping"
     serving = phases.count("serving")
+    if serving and not (endpoint and snapshot.gateway.is_up):
+        # No one can reach them: for the first time, or not any more.
+        return "degraded" if endpoint else "starting"
     if phases and serving == len(phases):
         return "serving"
     if serving:

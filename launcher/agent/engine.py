@@ -94,7 +94,7 @@ class Engine:
         self._pending = list(range(len(member.commands)))
         if member.rank == 0:
             host, port = member.address, member.ports["api"]
-            key = self.around.secrets.get("api_key", "")
+            key = self.around.secrets.get("engine_key", "")
             self.probe = TokenProbe(host, port, member.served_model, key)
             self.probe.start()
         if member.rehearsal:

@@ -30,7 +30,7 @@ Tensor = Annotated[int | None, typer.Option(help="Tensor-parallel size.")]
 Pipeline = Annotated[int | None, typer.Option(help="Pipeline-parallel size.")]
 Data = Annotated[int | None, typer.Option(help="Data-parallel size.")]
 GpusPerNode = Annotated[int | None, typer.Option(help="GPUs that a replica uses on each node.")]
-Port = Annotated[int | None, typer.Option(help="Port of the first replica's API server.")]
+Port = Annotated[int | None, typer.Option(help="Port of the fleet's address (the gateway).")]
 Preflight = Annotated[
     str | None, typer.Option("--preflight", help="quick (with a collective check) or passive.")
 ]

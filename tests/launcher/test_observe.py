@@ -5,7 +5,7 @@ from launcher.backends.base import Allocation, Seen
 from launcher.documents import AgentConfig
 from launcher.observe import Observer
 from launcher.paths import BasePaths
-from launcher.snapshot import AllocationView
+from launcher.snapshot import AllocationView, GatewayView
 from tests.launcher.worlds import begun, make_context, report
 
 
@@ -33,9 +33,9 @@ def test_a_report_that_cannot_be_read_for_a_moment_stays_the_last_one(tmp_path):
     observer = Observer(backend, None)
     backend.now[1, "h1"] = Seen(report("h1", heartbeat_port=111))
     one = {"r1": allocation(1, tmp_path)}
-    observer.observe(record, one, "up", Ledger())
+    observer.observe(record, one, "up", Ledger(), GatewayView())
     backend.now.clear()
-    view = observer.observe(record, one, "up", Ledger()).replicas["r1"].nodes["h1"]
+    view = observer.observe(record, one, "up", Ledger(), GatewayView()).replicas["r1"].nodes["h1"]
     assert view.report.heartbeat_port == 111
 
 
@@ -44,10 +44,10 @@ def test_the_next_allocations_agent_is_unknown_until_it_has_reported_itself(tmp_
     backend, record = Reports(), begun(make_context())
     observer = Observer(backend, None)
     backend.now[1, "h1"] = Seen(report("h1", "stopped", heartbeat_port=111))
-    observer.observe(record, {"r1": allocation(1, tmp_path)}, "up", Ledger())
+    observer.observe(record, {"r1": allocation(1, tmp_path)}, "up", Ledger(), GatewayView())
     two = {"r1": allocation(2, tmp_path)}
-    view = observer.observe(record, two, "up", Ledger()).replicas["r1"].nodes["h1"]
+    view = observer.observe(record, two, "up", Ledger(), GatewayView()).replicas["r1"].nodes["h1"]
     assert view.report is None
     backend.now[2, "h1"] = Seen(report("h1", heartbeat_port=222))
-    view = observer.observe(record, two, "up", Ledger()).replicas["r1"].nodes["h1"]
+    view = observer.observe(record, two, "up", Ledger(), GatewayView()).replicas["r1"].nodes["h1"]
     assert view.report.heartbeat_port == 222

@@ -176,12 +176,6 @@ def test_a_busy_port_of_our_own_choice_moves_the_replica_to_the_next_block():
     assert {step.node for step in made.steps[1:]} == {"h1", "h2"}
 
 
-def test_a_busy_port_that_the_user_chose_is_refused():
-    context = make_context(port=8000)
-    seen = snapshot(view("h1", report("h1", facts=busy_port())), view("h2", report("h2")))
-    assert only(plan(context, checked(context), seen), Fail).failure.exit_code == 3
-
-
 def test_nodes_that_do_not_reach_each_other_get_no_rank():
     context = make_context()
     seen = snapshot(view("h1", report("h1", reach={})), view("h2", report("h2")))

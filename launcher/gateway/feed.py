@@ -1,0 +1,121 @@
+"""From record and snapshot to the gateway's orders: who takes traffic, who is dead. Pure.
+
+A replica takes traffic once a token of it was seen, loses it before anything of it is stopped, and
+frees its requests when it is dead. What cannot be seen now stays as it was ordered last.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from inventory import nodeset
+from launcher.gateway.documents import Member, MemberGoal, Orders, State
+from launcher.gateway.door import in_flight, with_slots
+from launcher.record import ReplicaRecord, RunRecord
+from launcher.snapshot import ReplicaView, Snapshot
+from launcher.verdicts import endpoint_of, is_lost, replica_phase
+
+
+@dataclass(frozen=True)
+class Backup:
+    """The fallback of a fleet: any OpenAI-compatible place, and what the model is called there."""
+
+    url: str
+    model: str
+    key_file: str = ""
+
+
+def name_of(replica: ReplicaRecord) -> str:
+    """A member is a replica in one generation: what fails in one says nothing about the next."""
+    return f"{replica.name}.g{replica.generation}"
+
+
+def orders(
+    record: RunRecord,
+    snapshot: Snapshot,
+    before: Orders,
+    engine_key_file: str,
+    backup: Backup | None,
+) -> Orders:
+    """What the gateway shall do now. before: the orders that count, for what cannot be seen."""
+    held = {member.name: member for member in before.members}
+    members = []
+    for replica in record.replicas.values():
+        view = snapshot.replicas[replica.name]
+        member = _member(replica, view, held.get(name_of(replica)), engine_key_file)
+        if member is not None:
+            members.append(member)
+    if backup is not None:
+        members.append(
+            Member(
+                name="fallback",
+                slot=0,
+                url=backup.url.rstrip("/").removesuffix("/v1"),
+                fallback=True,
+                model=backup.model,
+                key_file=backup.key_file,
+                where="fallback",
+            )
+        )
+    return Orders(
+        revision=before.revision,
+        members=with_slots(before.members, members),
+        expects=snapshot.desired == "up" and any(map(_is_coming, record.replicas.values())),
+        open=snapshot.desired == "up",
+    )
+
+
+def _member(
+    replica: ReplicaRecord, view: ReplicaView, held: Member | None, key_file: str
+) -> Member | None:
+    if replica.released or replica.intent == "none" or not replica.generation:
+        return None
+    if replica_phase(replica, view) == "serving":
+        url = endpoint_of(replica, view)
+        if url is None:
+            return held
+        return Member(
+            name=name_of(replica),
+            slot=0,
+            url=url.removesuffix("/v1"),
+            key_file=key_file,
+            where=", ".join(
+                part for part in (view.allocation.identity, nodeset.fold(replica.nodes)) if part
+            ),
+        )
+    if held is None:
+        return None
+    return held.model_copy(update={"goal": _goal(replica, view, held.goal)})
+
+
+def _goal(replica: ReplicaRecord, view: ReplicaView, before: MemberGoal) -> MemberGoal:
+    if replica.failure is not None or replica.intent == "swap":
+        return "dead"
+    if replica.intent == "down":
+        return "draining"
+    leader = view.nodes.get(replica.nodes[0]) if replica.nodes else None
+    if leader is None or leader.report is None:
+        return before  # a controller that has just begun has not seen it yet
+    if any(is_lost(node) or _has_failed(node.report) for node in view.nodes.values()):
+        return "dead"
+    return "draining" if before == "serving" else before
+
+
+def _has_failed(report: object) -> bool:
+    return getattr(report, "phase", "") == "failed"
+
+
+def _is_coming(replica: ReplicaRecord) -> bool:
+    return replica.intent in ("none", "up", "swap") and replica.failure is None
+
+
+def requests_at(state: State | None, replica: ReplicaRecord, revision: int) -> int | None:
+    """Requests that are under way at this replica; None: the gateway has not told yet."""
+    if state is None or not state.processes:
+        return None
+    if any(process.orders_revision < revision for process in _serving(state.processes)):
+        return None
+    return in_flight(state, name_of(replica))
+
+
+def _serving(processes: Iterable[object]) -> list:  # type: ignore[type-arg]
+    return [process for process in processes if not getattr(process, "retiring", False)]
