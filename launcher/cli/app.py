@@ -283,6 +283,63 @@ def down(file: SpecFile = None, fleet: FleetOption = None, as_json: Json = False
     _watched(lambda: command.down(_find(file, fleet), as_json=as_json))
 
 
+gateway_app = typer.Typer(help="The fleet's one address: its state, its keys, its restart.")
+app.add_typer(gateway_app, name="gateway", no_args_is_help=True)
+key_app = typer.Typer(help="Who may ask: keys by name, added and revoked at run time.")
+gateway_app.add_typer(key_app, name="key", no_args_is_help=True)
+KeyName = Annotated[str, typer.Argument(help="The key's name.")]
+
+
+@gateway_app.command("status")
+def gateway_status(
+    file: SpecFile = None, fleet: FleetOption = None, as_json: Json = False
+) -> None:
+    """Members, requests in flight and waiting, retried, rescued, refused."""
+    from launcher.cli import gateway as command
+
+    raise typer.Exit(command.status(_find(file, fleet), as_json=as_json))
+
+
+@gateway_app.command("restart")
+def gateway_restart(file: SpecFile = None, fleet: FleetOption = None) -> None:
+    """Restart it as the version that is installed now, without dropping a request."""
+    from launcher.cli import gateway as command
+
+    raise typer.Exit(command.restart(_find(file, fleet)))
+
+
+@key_app.command("add")
+def key_add(
+    name: KeyName,
+    file: SpecFile = None,
+    fleet: FleetOption = None,
+    waiting: Annotated[
+        int | None, typer.Option("--waiting", min=1, help="How many requests may wait at once.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a key and print it, this once; or take the line that stdin has."""
+    from launcher.cli import gateway as command
+
+    raise typer.Exit(command.add_key(_find(file, fleet), name, waiting, as_json=as_json))
+
+
+@key_app.command("revoke")
+def key_revoke(name: KeyName, file: SpecFile = None, fleet: FleetOption = None) -> None:
+    """A key counts no more, from the next request on."""
+    from launcher.cli import gateway as command
+
+    raise typer.Exit(command.revoke_key(_find(file, fleet), name))
+
+
+@key_app.command("ls")
+def key_ls(file: SpecFile = None, fleet: FleetOption = None, as_json: Json = False) -> None:
+    """The keys by name; what is kept of each is its hash."""
+    from launcher.cli import gateway as command
+
+    raise typer.Exit(command.list_keys(_find(file, fleet), as_json=as_json))
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of the spec, for editors."""

@@ -99,7 +99,7 @@ def _print(status: Status, as_json: bool) -> None:
 
 
 def _tell_how_to_use(status: Status, adopted: bool) -> None:
-    host, port = (status.endpoint or "").removeprefix("http://").removesuffix("/v1").split(":")
+    host, port = (status.endpoint or "").partition("://")[2].removesuffix("/v1").split(":")
     longest = max((r.timings_s.get("first_token", 0.0) for r in status.replicas), default=0.0)
     if not adopted:
         output.say(f"first token after {longest:.0f} s")

@@ -24,14 +24,20 @@ class PortLock:
     def __init__(self, port: int) -> None:
         make_private(private_root())
         self._path = port_lock(port)
-        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._handle = -1
 
     def take(self, folder: str) -> None:
         """Become the owner. Raises UsageError with the name of another one."""
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise _taken(self._read(), self._path) from None
+        while True:
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise _taken(self._read(), self._path) from None
+            with contextlib.suppress(OSError):
+                if os.stat(self._path).st_ino == os.fstat(self._handle).st_ino:
+                    break
+            os.close(self._handle)  # its owner ended, and took the file with it
         other = self._read()
         if other is not None and other.folder != folder and _lives(other):
             os.close(self._handle)
@@ -45,7 +51,7 @@ class PortLock:
 
     def release(self) -> None:
         with contextlib.suppress(OSError):
-            os.ftruncate(self._handle, 0)
+            self._path.unlink(missing_ok=True)
             os.close(self._handle)
 
     def _read(self) -> Owner | None:

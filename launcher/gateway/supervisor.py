@@ -41,7 +41,7 @@ class Supervisor:
     def __init__(self, paths: GatewayPaths, settings: Settings, *, renew: bool) -> None:
         self._paths = paths
         self._settings = settings
-        self._run = RunFolder(make_private(paths.run_folder))
+        self._run = RunFolder(paths.run_folder)
         self._lock = PortLock(settings.port)
         self._front = FrontKeeper(paths, self._run)
         self._renew_left = list(range(settings.processes)) if renew else []
@@ -60,7 +60,12 @@ class Supervisor:
         owner = self._former()
         self._front.process = owner.front if owner and is_alive(owner.front) else None
         if self._front.process is None:
-            check_port_is_free(self._settings.host, self._settings.port)
+            try:
+                check_port_is_free(self._settings.host, self._settings.port)
+            except FleetError:
+                self._lock.release()
+                raise
+        make_private(self._run.root)
         alive = [one for one in owner.tier if is_alive(one)] if owner else []
         if not alive:
             self._run.counters.unlink(missing_ok=True)
