@@ -7,6 +7,7 @@ import time
 from aiohttp import web
 
 from launcher.gateway import events
+from launcher.gateway.continuation import Continuation
 from launcher.gateway.counters import Counters
 from launcher.gateway.documents import Key
 
@@ -28,6 +29,7 @@ class Call:
         self.tried: frozenset[str] = frozenset()
         self.response: web.StreamResponse | None = None
         self.has_tokens = False
+        self.continuation: Continuation | None = None
         self._counters = counters
         self._is_waiting = False
         self._comments: asyncio.Task[None] | None = None

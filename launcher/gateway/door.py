@@ -41,7 +41,7 @@ class Gateway:
 
     def is_supervised(self) -> bool:
         """Whether a supervisor lives, as far as that can be seen from this host."""
-        owner = self._owner()
+        owner = self.owner()
         if owner is None:
             return False
         if owner.host != socket.gethostname():
@@ -96,7 +96,7 @@ class Gateway:
         self._signal(signal.SIGTERM)
 
     def _signal(self, number: signal.Signals) -> None:
-        owner = self._owner()
+        owner = self.owner()
         if owner is None:
             return
         if owner.host != socket.gethostname():
@@ -154,7 +154,7 @@ class Gateway:
 
     def _nudge(self) -> None:
         """Tell the processes on this host to look now; the others look soon."""
-        owner = self._owner()
+        owner = self.owner()
         if owner is None or owner.host != socket.gethostname():
             return
         for one in owner.tier:
@@ -179,7 +179,8 @@ class Gateway:
         """What the gateway said last; None where it never did. `at` tells how old it is."""
         return read_document(self._paths.state, State)
 
-    def _owner(self) -> Owner | None:
+    def owner(self) -> Owner | None:
+        """Who looks after it, with which processes; None where nobody does."""
         try:
             return read_document(self._paths.owner, Owner)
         except StateError:

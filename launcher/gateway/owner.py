@@ -35,7 +35,7 @@ class PortLock:
             except OSError:
                 raise _taken(self._read(), self._path) from None
             with contextlib.suppress(OSError):
-                if os.stat(self._path).st_ino == os.fstat(self._handle).st_ino:
+                if self._path.stat().st_ino == os.fstat(self._handle).st_ino:
                     break
             os.close(self._handle)  # its owner ended, and took the file with it
         other = self._read()

@@ -70,8 +70,8 @@ class Pool:
             except (StateError, OSError) as error:
                 log.error("%s; the last good one counts", error)
 
-    def pick(self, tried: frozenset[str]) -> Standing | None:
-        members = self.orders.members
+    def pick(self, tried: frozenset[str], *, with_fallback: bool = True) -> Standing | None:
+        members = tuple(m for m in self.orders.members if with_fallback or not m.fallback)
         seen = {
             m.name: Seen(
                 self._counters.in_flight(m.slot),

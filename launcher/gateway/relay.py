@@ -6,19 +6,16 @@ before its end). Until then the engine may die, hang or fail, and another one is
 
 import asyncio
 import contextlib
-import json
 import logging
-import time
-from collections.abc import AsyncIterator
 
-import aiohttp
-from aiohttp import hdrs, web
-from yarl import URL
+from aiohttp import web
 
+from launcher.gateway.attempt import Attempts
 from launcher.gateway.call import Call
+from launcher.gateway.continuation import Continuation
 from launcher.gateway.counters import Counters
 from launcher.gateway.documents import Settings
-from launcher.gateway.events import Events, error_body, error_event, failure_in
+from launcher.gateway.events import error_body, error_event
 from launcher.gateway.front import REFUSED_HEADER
 from launcher.gateway.pool import Pool, Standing
 from launcher.gateway.refusal import (
@@ -31,25 +28,13 @@ from launcher.gateway.refusal import (
     too_many,
     too_slow,
 )
-from launcher.gateway.tally import Tally, observe
+from launcher.gateway.tally import Tally
 
 TRIES_MAX = 3  # a request that kills engines must not kill them all
-CONNECT_TIMEOUT_S = 2.0
 BODY_TIMEOUT_S = 120.0
 BODIES_MAX_BYTES = 2 * 1024**3  # in one process; the next request is told to come back
-ANSWER_MAX_BYTES = 256 * 1024 * 1024
-ENDS_WITH_DONE = ("/v1/chat/completions", "/v1/completions")
 KEY_HEADER = "X-Launcher-Key"
-MEMBER_HEADER = "X-Launcher-Replica"
-FALLBACK_HEADER = "X-Launcher-Fallback"
 
-_HOP_BY_HOP = frozenset(
-    {
-        *("connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade"),
-        *("transfer-encoding", "content-length", "host", "authorization", "expect"),
-        *("accept-encoding", "proxy-authorization"),
-    }
-)
 log = logging.getLogger("launcher.gateway")
 
 
@@ -60,7 +45,7 @@ class Relay:
         pool: Pool,
         counters: Counters,
         tally: Tally,
-        session: aiohttp.ClientSession,
+        attempts: Attempts,
     ) -> None:
         self.settings = settings
         self.body_bytes = 0
@@ -68,7 +53,7 @@ class Relay:
         self._pool = pool
         self._counters = counters
         self._tally = tally
-        self._session = session
+        self._attempts = attempts
 
     @property
     def waiting(self) -> int:
@@ -85,6 +70,8 @@ class Relay:
             self._admit(request, key.slot if key else None, key.waiting_max if key else None)
             body = await self._read(request)
             call = Call(request, body, key, self._counters)
+            if self.settings.continue_streams:
+                call.continuation = Continuation.of(request.path, call.document())
             self.body_bytes += len(body)
             return await self._rescue(call)
         except Refusal as refusal:
@@ -122,10 +109,10 @@ class Relay:
         while True:
             standing = await self._wait_for_member(call)
             try:
-                response = await self._try(call, standing)
+                response = await self._attempts.make(call, standing)
             except Lost as lost:
                 self._after_loss(call, standing, lost)
-                if self._is_hopeless(call):
+                if self._is_hopeless(call, lost):
                     self._tally.of(standing.member.name).errors += 1
                     return await self._last_words(call, lost)
                 continue
@@ -141,16 +128,20 @@ class Relay:
             return
         call.tried |= {member.name}
         self._tally.of(member.name).retried += 1
-        log.info("%s lost a request without a token: %s", member.name, lost.why)
+        what = "stream in the middle" if call.has_tokens else "request without a token"
+        log.info("%s lost a %s: %s", member.name, what, lost.why)
 
-    def _is_hopeless(self, call: Call) -> bool:
+    def _is_hopeless(self, call: Call, lost: Lost) -> bool:
+        """Whether nobody is left. Who died is waited for; who answered has said what it thinks."""
         if len(call.tried) >= TRIES_MAX:
             return True
-        return self._pool.pick(call.tried) is None and not self._pool.may_come(call.tried)
+        if self._pool.pick(call.tried, with_fallback=not call.has_tokens) is not None:
+            return False
+        return lost.status is not None or not self._pool.may_come(call.tried)
 
     async def _wait_for_member(self, call: Call) -> Standing:
         """The best member now, or the first that comes while the request may be held."""
-        standing = self._pool.pick(call.tried)
+        standing = self._pool.pick(call.tried, with_fallback=not call.has_tokens)
         if standing is not None:
             return standing
         self._tally.holding += 1
@@ -160,121 +151,19 @@ class Relay:
                 if left_s <= 0 or not self._pool.may_come(call.tried):
                     raise nobody(call.waited_s)
                 await self._pool.wait_for_change(min(left_s, 1.0))
-                standing = self._pool.pick(call.tried)
+                standing = self._pool.pick(call.tried, with_fallback=not call.has_tokens)
                 if standing is not None:
                     return standing
             raise closing()
         finally:
             self._tally.holding -= 1
 
-    async def _try(self, call: Call, standing: Standing) -> web.StreamResponse:
-        """Ask one member. Raises Lost while the client has got no token."""
-        member, tally = standing.member, self._tally.of(standing.member.name)
-        why: list[str] = []
-        self._counters.add_in_flight(member.slot, 1)
-        tally.in_flight += 1
-        tally.sent += 1
-        observe(tally.queue, call.waited_s)
-        if member.fallback:
-            self._tally.fell_back += 1
-        try:
-            async with asyncio.timeout(None) as limit:
-
-                def abandon(reason: str) -> None:
-                    why.append(reason)
-                    limit.reschedule(asyncio.get_running_loop().time())
-
-                standing.under_way.add(abandon)
-                try:
-                    response = await self._ask(call, standing)
-                finally:
-                    standing.under_way.discard(abandon)
-            tally.answered += 1
-            return response
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise Lost(f"cannot be connected to: {error}", connected=False) from error
-        except TimeoutError:
-            reason = why[0] if why else "it took too long"
-        except (aiohttp.ClientError, ConnectionError) as error:
-            if call.request.transport is None or call.request.transport.is_closing():
-                tally.aborted += 1
-                raise asyncio.CancelledError from error
-            reason = f"broke off: {type(error).__name__}: {error}"[:200]
-        except asyncio.CancelledError:
-            tally.aborted += 1
-            raise
-        finally:
-            tally.in_flight -= 1
-            self._counters.add_in_flight(member.slot, -1)
-        if not call.has_tokens:
-            raise Lost(reason)
-        tally.broken += 1
-        return await self._break_off(call, f"{member.name} {reason}")
-
-    async def _ask(self, call: Call, standing: Standing) -> web.StreamResponse:
-        member = standing.member
-        # Not the request's own text: an absolute URL in its place must not change the host.
-        url = URL(member.url + call.request.rel_url.raw_path_qs, encoded=True)
-        began = time.monotonic()
-        async with self._session.request(
-            call.request.method,
-            url,
-            data=_body_for(call, member.model) or None,
-            headers=_headers_for(call.request, standing.key),
-            allow_redirects=False,
-        ) as answer:
-            if answer.status >= 500 or answer.status in (401, 403):
-                body = await _whole(answer)
-                told = body[:200].decode("utf-8", "replace")
-                why = f"answered {answer.status}: {told}"
-                raise Lost(why, True, answer.status, body, answer.content_type)
-            headers = _headers_back(answer, member.name, member.model if member.fallback else "")
-            first_token = self._tally.of(member.name).first_token
-            if answer.content_type == "text/event-stream":
-                chunks = _whole_events(answer, call.request.path)
-                head = await _held_back(chunks)
-                observe(first_token, time.monotonic() - began)
-                response = await call.begin(answer.status, headers)
-                await response.write(head)
-                async for chunk in chunks:
-                    await response.write(chunk)
-                await response.write_eof()
-                return response
-            body = await _whole(answer)
-            observe(first_token, time.monotonic() - began)
-            return await self._give(call, answer.status, headers, body)
-
-    async def _give(
-        self, call: Call, status: int, headers: dict[str, str], body: bytes
-    ) -> web.StreamResponse:
-        """An answer that is whole; as an event where comments have begun a stream."""
-        begun = call.response is not None
-        if not begun:
-            headers[hdrs.CONTENT_LENGTH] = str(len(body))
-        response = await call.begin(status, headers)
-        if begun:
-            body = b"data: " + b" ".join(body.splitlines()) + b"\n\ndata: [DONE]\n\n"
-        await response.write(body)
-        await response.write_eof()
-        return response
-
     async def _last_words(self, call: Call, lost: Lost) -> web.StreamResponse:
         """After the last try: what the engine said, or that it was tried."""
-        if lost.status is None or lost.status in (401, 403):
+        if lost.status is None or lost.status in (401, 403) or call.has_tokens:
             raise gave_up(len(call.tried), lost)
         headers = {"Content-Type": lost.content_type}
-        return await self._give(call, lost.status, headers, lost.body)
-
-    async def _break_off(self, call: Call, why: str) -> web.StreamResponse:
-        """The client has tokens of a replica that is gone: an error event, never a silent end."""
-        log.warning("a stream broke off after its tokens had begun: %s", why)
-        assert call.response is not None
-        with contextlib.suppress(ConnectionError):
-            await call.response.write(
-                error_event(f"the replica was lost: {why}", "replica_lost", 502)
-            )
-            await call.response.write_eof()
-        return call.response
+        return await self._attempts.give(call, lost.status, headers, lost.body)
 
     async def _refuse(
         self, request: web.Request, call: Call | None, refusal: Refusal
@@ -299,66 +188,3 @@ class Relay:
             status=refusal.status,
             headers=headers,
         )
-
-
-async def _whole_events(answer: aiohttp.ClientResponse, path: str) -> AsyncIterator[bytes]:
-    """The stream in whole events. Raises where it ends without its end."""
-    cut = Events()
-    async for chunk in answer.content.iter_any():
-        if whole := cut.whole(chunk):
-            yield whole
-    if not cut.is_done and path in ENDS_WITH_DONE:
-        raise aiohttp.ClientPayloadError("the stream ended without [DONE]")
-
-
-async def _held_back(chunks: AsyncIterator[bytes]) -> bytes:
-    """Everything up to the first event with data. Raises Lost where that is the engine's error."""
-    head = b""
-    async for chunk in chunks:
-        head += chunk
-        if head.startswith(b"data:") or b"\ndata:" in head:
-            if failure := failure_in(head):
-                raise Lost(f"failed: {failure}")
-            return head
-    return head
-
-
-async def _whole(answer: aiohttp.ClientResponse) -> bytes:
-    body = bytearray()
-    async for chunk in answer.content.iter_any():
-        body += chunk
-        if len(body) > ANSWER_MAX_BYTES:
-            raise Refusal(502, "answer_size", "the engine's answer is too large to be passed on")
-    return bytes(body)
-
-
-def _body_for(call: Call, model: str) -> bytes:
-    """The body as it came, but for the model's name where the member knows another."""
-    if not model:
-        return call.body
-    document = call.document()
-    if document is None:
-        return call.body
-    return json.dumps({**document, "model": model}).encode()
-
-
-def _headers_for(request: web.Request, key: str) -> dict[str, str]:
-    headers = {
-        name: value
-        for name, value in request.headers.items()
-        if name.lower() not in _HOP_BY_HOP and not name.lower().startswith("x-launcher-")
-    }
-    if key:
-        headers[hdrs.AUTHORIZATION] = f"Bearer {key}"
-    headers[hdrs.ACCEPT_ENCODING] = "identity"
-    return headers
-
-
-def _headers_back(answer: aiohttp.ClientResponse, member: str, fallback: str) -> dict[str, str]:
-    headers = {
-        name: value for name, value in answer.headers.items() if name.lower() not in _HOP_BY_HOP
-    }
-    headers[MEMBER_HEADER] = member
-    if fallback:
-        headers[FALLBACK_HEADER] = fallback
-    return headers

@@ -19,14 +19,16 @@ from aiohttp import web
 
 from launcher.errors import StateError
 from launcher.files import read_document
+from launcher.gateway.attempt import Attempts
 from launcher.gateway.counters import Counters
 from launcher.gateway.documents import Settings, TierState
 from launcher.gateway.pool import Pool
-from launcher.gateway.relay import CONNECT_TIMEOUT_S, Relay
+from launcher.gateway.relay import Relay
 from launcher.gateway.tally import Tally
 
 ALIVE_PATH = "/-/alive"
 BACKLOG = 4096
+CONNECT_TIMEOUT_S = 2.0
 
 
 class Tier:
@@ -51,7 +53,8 @@ class Tier:
         ) as session:
             self._pool = Pool(self._folder, counters, session)
             self._pool.read()
-            self._relay = Relay(settings, self._pool, counters, self._tally, session)
+            attempts = Attempts(counters, self._tally, session)
+            self._relay = Relay(settings, self._pool, counters, self._tally, attempts)
             reading = asyncio.create_task(self._pool.run())
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGTERM, self._retiring.set)

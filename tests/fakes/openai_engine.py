@@ -15,6 +15,7 @@ import json
 import socket
 import sys
 
+PROMPT_IDS = [101, 102, 103, 104, 105]
 TEXT = [
     "the",
     "quick",
@@ -167,9 +168,11 @@ class Connection(asyncio.Protocol):
             self.chunk(b"data: [DONE]\n\n")
             self.transport.write(b"0\r\n\r\n")
             return
-        count = int(asked.get("max_tokens") or 8)
-        for index in range(count):
-            if index and b.gap_s:
+        prompt = asked.get("prompt")
+        first = len(prompt) - len(PROMPT_IDS) if isinstance(prompt, list) else 0
+        count = int(asked.get("max_tokens") or 8) + first
+        for index in range(first, count):
+            if index > first and b.gap_s:
                 await asyncio.sleep(b.gap_s)
             if index >= 3 and b.kind in ("close", "short"):
                 self.transport.write(b"0\r\n\r\n")
@@ -184,9 +187,16 @@ class Connection(asyncio.Protocol):
             choice = {"index": 0, "finish_reason": "length" if index == count - 1 else None}
             choice |= {"delta": {"content": word}} if is_chat else {"text": word}
             kind = "chat.completion.chunk" if is_chat else "text_completion"
-            self.event(
-                {"id": "x", "object": kind, "created": 1, "model": "m", "choices": [choice]}
-            )
+            head = {"id": f"x-{id(asked)}", "object": kind, "created": 1, "model": "m"}
+            if asked.get("return_token_ids"):
+                choice["token_ids"] = [index]
+                if index == first:
+                    head["prompt_token_ids"] = prompt if first else PROMPT_IDS
+            self.event({**head, "choices": [choice]})
+        if (asked.get("stream_options") or {}).get("include_usage"):
+            made = count - first
+            usage = {"prompt_tokens": 5 + first, "completion_tokens": made}
+            self.event({**head, "choices": [], "usage": usage})
         self.chunk(b"data: [DONE]\n\n")
         self.transport.write(b"0\r\n\r\n")
 

@@ -44,8 +44,8 @@ class GatewayUnderTest(Gateway):
         return self
 
     @property
-    def owner(self) -> Owner:
-        found = self._owner()
+    def holder(self) -> Owner:
+        found = self.owner()
         assert found is not None
         return found
 
@@ -57,20 +57,20 @@ class GatewayUnderTest(Gateway):
         )
 
     def processes(self) -> list[int]:
-        owner = self.owner
+        owner = self.holder
         found = [owner.supervisor, owner.front, *owner.tier]
         return [one.pid for one in found if one is not None and is_alive(one)]
 
     def end(self) -> None:
-        owner = self._owner()
+        owner = self.owner()
         if owner is None:
             return
         self.start()  # where a test has killed the supervisor, the next one ends the rest
         time.sleep(0.2)
-        assert eventually(lambda: self.is_supervised() or self._owner() is None)
+        assert eventually(lambda: self.is_supervised() or self.owner() is None)
         pids = [one for one in (owner.front, *owner.tier) if one is not None]
         self.stop()
-        assert eventually(lambda: self._owner() is None, 20)
+        assert eventually(lambda: self.owner() is None, 20)
         assert eventually(lambda: not any(is_alive(one) for one in pids), 5)
         assert not Path(owner.run_folder).exists()
 
@@ -135,7 +135,7 @@ def test_it_serves_through_the_front_and_leaves_nothing_behind(gateway, engines)
     assert eventually(lambda: sent(one.state(), "r1") == 2)
     state = one.state()
     assert (state.front, len(state.processes)) == ("up", 2)
-    folder = Path(one.owner.run_folder)
+    folder = Path(one.holder.run_folder)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert all(f.stat().st_mode & 0o077 == 0 for f in folder.iterdir() if f.is_file())
 
@@ -307,7 +307,7 @@ def test_keys_come_and_go_at_run_time_and_only_their_hashes_are_kept(gateway, en
         one.give_keys(keyring.revoked(one.keys(), "first"))
         assert eventually(lambda: first.get("/v1/models").status_code == 401)
         assert second.get("/v1/models").status_code == 200
-    for folder in (one.paths.root, Path(one.owner.run_folder)):
+    for folder in (one.paths.root, Path(one.holder.run_folder)):
         for file in (f for f in folder.iterdir() if f.is_file()):
             assert b"sk-second" not in file.read_bytes(), file
     with pytest.raises(UsageError, match="no key named first"):
@@ -320,7 +320,7 @@ def test_keys_come_and_go_at_run_time_and_only_their_hashes_are_kept(gateway, en
 def test_a_process_of_ours_that_dies_is_replaced(gateway, engines, victim):
     one = gateway().up()
     one.add("r1", engines().url)
-    owner = one.owner
+    owner = one.holder
     chosen = {"tier": owner.tier[0], "front": owner.front, "supervisor": owner.supervisor}[victim]
     os.kill(chosen.pid, signal.SIGKILL)
     if victim == "supervisor":
@@ -332,9 +332,9 @@ def test_a_process_of_ours_that_dies_is_replaced(gateway, engines, victim):
             one.add("r1", one.orders().members[0].url)
             one.start()
             assert eventually(one.is_supervised)
-        assert eventually(lambda: one.owner.supervisor.pid != chosen.pid)
-        assert {p.pid for p in one.owner.tier} == {p.pid for p in owner.tier}
-        assert one.owner.front == owner.front
+        assert eventually(lambda: one.holder.supervisor.pid != chosen.pid)
+        assert {p.pid for p in one.holder.tier} == {p.pid for p in owner.tier}
+        assert one.holder.front == owner.front
     assert eventually(lambda: len(one.processes()) == 4 and chosen.pid not in one.processes())
     with one.client() as client:
         assert eventually(lambda: _status(client) == 200)
@@ -354,7 +354,7 @@ def test_a_request_without_a_byte_survives_its_tier_process(gateway, engines):
     with one.client() as client:
         asked = [InBackground(lambda: chat(client, stream=True)) for _ in range(6)]
         assert eventually(lambda: engine.counts()["running"] == 6)
-        busy = max(one.owner.tier, key=lambda p: _in_flight_of(one, p.pid))
+        busy = max(one.holder.tier, key=lambda p: _in_flight_of(one, p.pid))
         os.kill(busy.pid, signal.SIGKILL)
         answers = [a.result() for a in asked]
     assert [(a.status, a.error) for a in answers] == [(200, None)] * 6
@@ -369,14 +369,14 @@ def test_a_restart_to_a_new_version_drops_nothing(gateway, engines):
     one = gateway().up()
     for name in ("r1", "r2"):
         one.add(name, engines(gap_s=0.05, ttft_s=0.05).url)
-    before = {p.pid for p in one.owner.tier}
+    before = {p.pid for p in one.holder.tier}
     with steady_load(one):
         time.sleep(0.5)
         one.renew()
-        assert eventually(lambda: not before & {p.pid for p in one.owner.tier}, 30)
-        supervisor = one.owner.supervisor.pid
-    assert one.owner.supervisor.pid == supervisor
-    assert len(one.owner.tier) == 2
+        assert eventually(lambda: not before & {p.pid for p in one.holder.tier}, 30)
+        supervisor = one.holder.supervisor.pid
+    assert one.holder.supervisor.pid == supervisor
+    assert len(one.holder.tier) == 2
 
 
 def test_changed_settings_and_a_new_certificate_are_taken_without_a_drop(
@@ -432,7 +432,7 @@ def test_a_second_gateway_on_the_port_is_refused_with_the_owners_name(gateway, e
     second.start()
     with pytest.raises(BackendError, match=r"held by the gateway of fleet t \(root, pid"):
         second.wait_until_up()
-    os.kill(one.owner.supervisor.pid, signal.SIGKILL)  # the gateway itself goes on
+    os.kill(one.holder.supervisor.pid, signal.SIGKILL)  # the gateway itself goes on
     assert eventually(lambda: not one.is_supervised())
     second.start()
     with pytest.raises(BackendError, match="held by the gateway of fleet t"):
