@@ -60,11 +60,11 @@ def text_of(chunks):
 
 def test_it_is_off_unless_asked_for(tier, engines):
     one = tier()
-    victim, survivor = engines(gap_s=0.1), engines()
+    victim, survivor = engines(gap_s=0.1), engines(gap_s=0.1)
     one.give(*one.members(victim, survivor))
     with one.client() as client:
         running = [
-            InBackground(lambda: chat(client, stream=True, max_tokens=50)) for _ in range(4)
+            InBackground(lambda: chat(client, stream=True, max_tokens=20)) for _ in range(4)
         ]
         assert eventually(lambda: victim.counts()["running"] == 2)
         time.sleep(0.3)
