@@ -166,8 +166,8 @@ class Front(Peer):
         places = FrontPlaces(
             str(self.folder / "front.sock"), str(self.folder / "keys.map"), ("/nowhere",)
         )
-        text = render(Settings(fleet="b", host="127.0.0.1", port=self.port), places, 2)
-        text = text[: text.index("backend tier")] + "backend tier\n  balance leastconn\n"
+        text = render(Settings(fleet="b", host="127.0.0.1", port=self.port), places, 1)
+        text = text[: text.index("\nbackend tier")] + "\nbackend tier\n  balance leastconn\n"
         text += "  option httpchk GET /health\n"
         for number, engine in enumerate(self.engines):
             text += f"  server e{number} 127.0.0.1:{engine.port} check inter 1s fall 2 rise 1\n"

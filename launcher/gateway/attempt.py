@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
 
 import aiohttp
 from aiohttp import hdrs, web
@@ -114,18 +113,23 @@ class Attempts:
             headers = _headers_back(answer, member.name, member.model if member.fallback else "")
             first_token = self._tally.of(member.name).first_token
             if answer.content_type == "text/event-stream":
-                chunks = _whole_events(answer, call.request.path)
-                head = await _held_back(chunks)
-                observe(first_token, time.monotonic() - began)
+                cut = Events()
+                head = await _held_back(answer.content, cut)
+                standing.answered_at = time.monotonic()
+                observe(first_token, standing.answered_at - began)
                 response = await call.begin(answer.status, headers)
                 told = call.continuation.pass_on if call.continuation else bytes
                 await response.write(told(head))
-                async for chunk in chunks:
-                    await response.write(told(chunk))
+                while chunk := await answer.content.readany():
+                    if events := cut.whole(chunk):
+                        await response.write(told(events))
+                if not cut.is_done and call.request.path in ENDS_WITH_DONE:
+                    raise aiohttp.ClientPayloadError("the stream ended without [DONE]")
                 await response.write_eof()
                 return response
             whole = await _whole(answer)
-            observe(first_token, time.monotonic() - began)
+            standing.answered_at = time.monotonic()
+            observe(first_token, standing.answered_at - began)
             return await self.give(call, answer.status, headers, whole)
 
     async def give(
@@ -154,26 +158,17 @@ class Attempts:
         return call.response
 
 
-async def _whole_events(answer: aiohttp.ClientResponse, path: str) -> AsyncIterator[bytes]:
-    """The stream in whole events. Raises where it ends without its end."""
-    cut = Events()
-    async for chunk in answer.content.iter_any():
-        if whole := cut.whole(chunk):
-            yield whole
-    if not cut.is_done and path in ENDS_WITH_DONE:
-        raise aiohttp.ClientPayloadError("the stream ended without [DONE]")
-
-
-async def _held_back(chunks: AsyncIterator[bytes]) -> bytes:
-    """Everything up to the first event with data. Raises Lost where that is the engine's error."""
+async def _held_back(content: aiohttp.StreamReader, cut: Events) -> bytes:
+    """Everything up to the first event with data. Raises Lost where that is the engine's error,
+    and ClientPayloadError where there is none."""
     head = b""
-    async for chunk in chunks:
-        head += chunk
+    while chunk := await content.readany():
+        head += cut.whole(chunk)
         if head.startswith(b"data:") or b"\ndata:" in head:
             if failure := failure_in(head):
                 raise Lost(f"failed: {failure}")
             return head
-    return head
+    raise aiohttp.ClientPayloadError("the stream ended before it began")
 
 
 async def _whole(answer: aiohttp.ClientResponse) -> bytes:

@@ -157,6 +157,7 @@ class Gateway:
         owner = self.owner()
         if owner is None or owner.host != socket.gethostname():
             return
+        tell(owner.supervisor, signal.SIGUSR1)
         for one in owner.tier:
             path = f"{owner.run_folder}/admin-{one.pid}.sock"
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as line:
@@ -174,6 +175,7 @@ class Gateway:
         make_private(self._paths.root)
         if keys != self.keys():
             write_document(self._paths.keys, keys)
+            self._nudge()
 
     def state(self) -> State | None:
         """What the gateway said last; None where it never did. `at` tells how old it is."""

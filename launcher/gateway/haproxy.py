@@ -37,7 +37,7 @@ def find_binary() -> str:
 
 def check(binary: str, config: Path) -> None:
     """Let HAProxy read a configuration. Raises BackendError with what it says."""
-    done = _run(binary, "-c", "-q", "-f", str(config))
+    done = _run(binary, "-c", "-f", str(config))
     if done.returncode != 0:
         raise BackendError(
             f"HAProxy refuses its configuration: {done.stderr.strip()[-600:]}",

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import aiohttp
+from yarl import URL
 
 from launcher.errors import StateError
 from launcher.files import read_document
@@ -32,6 +32,7 @@ class Standing:
         self.member = member
         self.reachable = True
         self.fails = 0
+        self.answered_at = float("-inf")  # when it last gave a token
         self.key = _read_key(member.key_file)
         self.under_way: set[Callable[[str], None]] = set()
 
@@ -44,11 +45,10 @@ class Standing:
 class Pool:
     """Who takes traffic. `changed` is set whenever a waiting request should look again."""
 
-    def __init__(self, folder: Path, counters: Counters, session: aiohttp.ClientSession) -> None:
+    def __init__(self, folder: Path, counters: Counters) -> None:
         self._orders_file = folder / "orders.json"
         self._keys_file = folder / "keys.json"
         self._counters = counters
-        self._session = session
         self._marks: dict[Path, tuple[int, int, int]] = {}
         self._checks: dict[str, asyncio.Task[None]] = {}
         self.orders = Orders()
@@ -100,10 +100,14 @@ class Pool:
 
     def _is_new(self, path: Path) -> bool:
         try:
-            with path.open("rb") as file:
-                found = _identity(file.fileno())
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
+        try:
+            stat = os.fstat(handle)
+        finally:
+            os.close(handle)
+        found = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
         if self._marks.get(path) == found:
             return False
         self._marks[path] = found
@@ -150,29 +154,42 @@ class Pool:
 
     async def _check(self, standing: Standing) -> None:
         """Ask /health for ever. It only stops new traffic; who is dead, the controller says."""
-        timeout = aiohttp.ClientTimeout(total=CHECK_TIMEOUT_S)
         while self.standings.get(standing.member.name) is standing:
             began = time.monotonic()
             was = (standing.reachable, standing.fails >= DOUBTED_AFTER)
-            try:
-                url = f"{standing.member.url}/health"
-                async with self._session.get(url, timeout=timeout) as answer:
-                    good = answer.status == 200
-                standing.reachable = True
-                standing.fails = 0 if good else standing.fails + 1
-            except aiohttp.ClientConnectorError:
-                standing.reachable = False
-            except (aiohttp.ClientError, TimeoutError, OSError):
-                standing.fails += 1
+            if began - standing.answered_at < CHECK_EVERY_S:
+                standing.reachable, standing.fails = True, 0  # requests have shown it
+            else:
+                await _ask_health(standing)
             if was != (standing.reachable, standing.fails >= DOUBTED_AFTER):
                 self._wake()
             spent_s = time.monotonic() - began
             await asyncio.sleep(max(0.1, CHECK_EVERY_S * random.uniform(0.9, 1.1) - spent_s))
 
 
-def _identity(handle: int) -> tuple[int, int, int]:
-    found = os.fstat(handle)
-    return found.st_ino, found.st_mtime_ns, found.st_size
+async def _ask_health(standing: Standing) -> None:
+    """One GET /health, with as little as that takes: it is asked each second."""
+    url = URL(standing.member.url)
+    try:
+        async with asyncio.timeout(CHECK_TIMEOUT_S):
+            try:
+                reader, writer = await asyncio.open_connection(url.host, url.port)
+            except OSError:
+                standing.reachable = False
+                return
+            standing.reachable = True
+            try:
+                host = f"{url.host}:{url.port}".encode()
+                writer.write(
+                    b"GET /health HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % host
+                )
+                status = (await reader.readline()).split(b" ")
+            finally:
+                writer.close()
+        good = len(status) > 1 and status[1] == b"200"
+    except (TimeoutError, OSError, ValueError):
+        good = False
+    standing.fails = 0 if good else standing.fails + 1
 
 
 def _read_key(path: str) -> str:

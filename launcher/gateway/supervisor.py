@@ -29,10 +29,12 @@ from launcher.gateway.places import LOG_MAX_BYTES, GatewayPaths, RunFolder
 from launcher.gateway.processes import identity, is_alive, tell
 from launcher.gateway.tier_keeper import TierKeeper
 
-TURN_S = 0.25
+CALM_TURN_S = 1.0
+BUSY_TURN_S = 0.15
 RESTART_PAUSE_MAX_S = 10.0
 CALM_AFTER_S = 60.0
 METRICS_OFFSET = 1000
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 
 log = logging.getLogger("launcher.gateway")
 
@@ -51,7 +53,10 @@ class Supervisor:
         self._problem = ""
         self._metrics_port: int | None = None
         self._owner: Owner | None = None
-        self._ending = asyncio.Event()
+        self._orders = Orders()
+        self._death_watches: dict[int, int] = {}
+        self._woken = asyncio.Event()
+        self._is_ending = False
         self._renewing = False
 
     async def run(self) -> None:
@@ -75,16 +80,46 @@ class Supervisor:
             log.info("adopted %d processes of the tier", len(alive))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._ending.set)
+            loop.add_signal_handler(number, self._order_the_end)
         loop.add_signal_handler(signal.SIGHUP, self._renew)
+        loop.add_signal_handler(signal.SIGUSR1, self._woken.set)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         await self._serve_metrics(owner.metrics_port if owner else None)
-        while not self._ending.is_set():
+        while not self._is_ending:
             await self._turn()
             if self._renewing:
                 self._become_new()
+            self._watch_for_deaths()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), TURN_S)
+                await asyncio.wait_for(self._woken.wait(), self._turn_s())
+            self._woken.clear()
         await self._end()
+
+    def _turn_s(self) -> float:
+        orders = self._orders
+        leaving = not orders.open or any(m.goal != "serving" for m in orders.members)
+        behind = any(s.orders_revision != orders.revision for s in self._tier.states.values())
+        settled = self._tier.all_answer and self._front.is_up and not self._tier.retiring
+        is_busy = leaving or behind or not settled or self._renew_left or self._problem
+        return BUSY_TURN_S if is_busy else CALM_TURN_S
+
+    def _watch_for_deaths(self) -> None:
+        """Be woken when a process of ours ends, also one that an earlier supervisor started."""
+        loop = asyncio.get_running_loop()
+        wanted = {p.pid for p in (self._front.process, *self._tier.everyone) if p is not None}
+        for pid in self._death_watches.keys() - wanted:
+            handle = self._death_watches.pop(pid)
+            loop.remove_reader(handle)
+            os.close(handle)
+        for pid in wanted - self._death_watches.keys():
+            with contextlib.suppress(OSError):
+                handle = os.pidfd_open(pid)
+                self._death_watches[pid] = handle
+                loop.add_reader(handle, self._note_death, pid)
+
+    def _note_death(self, pid: int) -> None:
+        asyncio.get_running_loop().remove_reader(self._death_watches[pid])  # it stays readable
+        self._woken.set()
 
     async def _turn(self) -> None:
         problem = ""
@@ -157,13 +192,20 @@ class Supervisor:
         pause_s: float = min(RESTART_PAUSE_MAX_S, 0.5 * 2 ** min(self._failures - 3, 8))
         return time.monotonic() < self._failed_at + pause_s
 
+    def _order_the_end(self) -> None:
+        self._is_ending = True
+        self._woken.set()
+
     def _renew(self) -> None:
         self._renewing = True
+        self._woken.set()
 
     def _become_new(self) -> None:
         """Our own new version, in the same process: children and their pids stay."""
         self._write_owner()
         log.info("becoming a new version")
+        # A signal that comes before the new version has its handlers waits for them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         words = [sys.executable, "-m", "launcher.gateway.supervisor", str(self._paths.root)]
         os.execv(sys.executable, [*words, "--renew"])  # noqa: S606 - no shell is wanted
 
@@ -172,10 +214,8 @@ class Supervisor:
     def _state(self) -> State:
         settings = self._settings
         living = [one.pid for one in self._tier.everyone]
-        try:
-            orders = read_document(self._paths.orders, Orders) or Orders()
-        except StateError:
-            orders = Orders()
+        with contextlib.suppress(StateError):
+            self._orders = read_document(self._paths.orders, Orders) or Orders()
         return State(
             fleet=settings.fleet,
             address=address_of(settings),
@@ -183,7 +223,7 @@ class Supervisor:
             supervisor_pid=os.getpid(),
             front="up" if self._front.is_up else "down",
             processes=[self._tier.states[pid] for pid in living if pid in self._tier.states],
-            orders=orders,
+            orders=self._orders,
             metrics_port=self._metrics_port,
             problem=self._problem,
             restarts=self._restarts,

@@ -51,7 +51,7 @@ class Tier:
         async with aiohttp.ClientSession(
             connector=connector, timeout=timeout, auto_decompress=False, trust_env=False
         ) as session:
-            self._pool = Pool(self._folder, counters, session)
+            self._pool = Pool(self._folder, counters)
             self._pool.read()
             attempts = Attempts(counters, self._tally, session)
             self._relay = Relay(settings, self._pool, counters, self._tally, attempts)
