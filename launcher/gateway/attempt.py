@@ -6,7 +6,6 @@ import json
 import logging
 import time
 
-import aiohttp
 from aiohttp import hdrs, web
 from yarl import URL
 
@@ -17,8 +16,12 @@ from launcher.gateway.events import Events, error_event, failure_in
 from launcher.gateway.pool import Standing
 from launcher.gateway.refusal import Lost, Refusal
 from launcher.gateway.tally import Tally, observe
+from launcher.gateway.upstream import BrokenError, NotConnectedError, Upstream
 
 ANSWER_MAX_BYTES = 256 * 1024 * 1024
+# A client that does not read makes its engine wait: no more than this lies here for it.
+CLIENT_BEHIND_BYTES = 256 * 1024
+CLIENT_LOOK_S = 0.05
 ENDS_WITH_DONE = ("/v1/chat/completions", "/v1/completions")
 MEMBER_HEADER = "X-Launcher-Replica"
 FALLBACK_HEADER = "X-Launcher-Fallback"
@@ -36,10 +39,9 @@ log = logging.getLogger("launcher.gateway")
 class Attempts:
     """How a member is asked. Counts what becomes of each try."""
 
-    def __init__(self, counters: Counters, tally: Tally, session: aiohttp.ClientSession) -> None:
+    def __init__(self, counters: Counters, tally: Tally) -> None:
         self._counters = counters
         self._tally = tally
-        self._session = session
 
     async def make(self, call: Call, standing: Standing) -> web.StreamResponse:
         """Ask one member. Raises Lost while the client has got no token."""
@@ -65,15 +67,15 @@ class Attempts:
                     standing.under_way.discard(abandon)
             tally.answered += 1
             return response
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+        except NotConnectedError as error:
             raise Lost(f"cannot be connected to: {error}", connected=False) from error
         except TimeoutError:
             reason = why[0] if why else "it took too long"
-        except (aiohttp.ClientError, ConnectionError) as error:
-            if call.request.transport is None or call.request.transport.is_closing():
-                tally.aborted += 1
-                raise asyncio.CancelledError from error
-            reason = f"broke off: {type(error).__name__}: {error}"[:200]
+        except BrokenError as error:
+            reason = str(error)[:200]
+        except ConnectionError as error:  # the client's: an engine's would be a BrokenError
+            tally.aborted += 1
+            raise asyncio.CancelledError from error
         except asyncio.CancelledError:
             tally.aborted += 1
             raise
@@ -96,41 +98,28 @@ class Attempts:
             path, body = call.continuation.resume(member.model)
         url = URL(member.url + path, encoded=True)
         began = time.monotonic()
-        async with self._session.request(
-            call.request.method,
-            url,
-            data=body or None,
-            headers=_headers_for(call.request, standing.key),
-            allow_redirects=False,
-        ) as answer:
-            if answer.status >= 500 or answer.status in (401, 403):
-                said = await _whole(answer)
-                why = f"answered {answer.status}: {said[:200].decode('utf-8', 'replace')}"
-                raise Lost(why, True, answer.status, said, answer.content_type)
-            if call.has_tokens and answer.content_type != "text/event-stream":
-                said = await _whole(answer)
-                raise Lost(f"does not continue: {answer.status}", True, answer.status, said)
-            headers = _headers_back(answer, member.name, member.model if member.fallback else "")
-            first_token = self._tally.of(member.name).first_token
-            if answer.content_type == "text/event-stream":
-                cut = Events()
-                head = await _held_back(answer.content, cut)
-                standing.answered_at = time.monotonic()
-                observe(first_token, standing.answered_at - began)
-                response = await call.begin(answer.status, headers)
-                told = call.continuation.pass_on if call.continuation else bytes
-                await response.write(told(head))
-                while chunk := await answer.content.readany():
-                    if events := cut.whole(chunk):
-                        await response.write(told(events))
-                if not cut.is_done and call.request.path in ENDS_WITH_DONE:
-                    raise aiohttp.ClientPayloadError("the stream ended without [DONE]")
-                await response.write_eof()
-                return response
-            whole = await _whole(answer)
+        upstream = await Upstream.connect(url)
+        try:
+            headers = _headers_for(call.request, standing.key)
+            upstream.ask(call.request.method, url, headers, body)
+            await upstream.begin()
+            is_stream = upstream.content_type == "text/event-stream"
+            if upstream.status >= 500 or upstream.status in (401, 403):
+                said = await _whole(upstream)
+                why = f"answered {upstream.status}: {said[:200].decode('utf-8', 'replace')}"
+                raise Lost(why, True, upstream.status, said, upstream.content_type)
+            if call.has_tokens and not is_stream:
+                why = f"does not continue the stream, answers {upstream.status}"
+                raise Lost(why, True, upstream.status, await _whole(upstream))
+            back = _headers_back(upstream, member)
+            first = await (_held_back if is_stream else _whole)(upstream)
             standing.answered_at = time.monotonic()
-            observe(first_token, standing.answered_at - began)
-            return await self.give(call, answer.status, headers, whole)
+            observe(self._tally.of(member.name).first_token, standing.answered_at - began)
+            if is_stream:
+                return await _stream(call, upstream, back, first)
+            return await self.give(call, upstream.status, back, first)
+        finally:
+            upstream.close()
 
     async def give(
         self, call: Call, status: int, headers: dict[str, str], body: bytes
@@ -158,22 +147,59 @@ class Attempts:
         return call.response
 
 
-async def _held_back(content: aiohttp.StreamReader, cut: Events) -> bytes:
+async def _stream(
+    call: Call, upstream: Upstream, headers: dict[str, str], head: bytes
+) -> web.StreamResponse:
+    """Pass a stream on, event by event, from its first token to its end."""
+    cut = Events()
+    told = call.continuation.pass_on if call.continuation else bytes
+    response = await call.begin(upstream.status, headers)
+    await response.write(told(cut.whole(head)))
+    client = call.request.transport
+
+    def pass_on(chunk: bytes) -> None:
+        events = cut.whole(chunk)
+        if not events or client is None or client.is_closing():
+            return
+        events = told(events)
+        client.write(b"%x\r\n%b\r\n" % (len(events), events))  # as `response` frames its own
+        if client.get_write_buffer_size() > CLIENT_BEHIND_BYTES:
+            upstream.pause(True)
+            _resume_when_read(client, upstream)
+
+    await upstream.pipe(pass_on)
+    if not cut.is_done and call.request.path in ENDS_WITH_DONE:
+        raise BrokenError("ended the stream without [DONE]")
+    await response.write_eof()
+    return response
+
+
+def _resume_when_read(client: asyncio.Transport, upstream: Upstream) -> None:
+    """Let the engine go on once its client has read what there was."""
+    if client.is_closing() or client.get_write_buffer_size() < CLIENT_BEHIND_BYTES // 4:
+        upstream.pause(False)
+    else:
+        loop = asyncio.get_running_loop()
+        loop.call_later(CLIENT_LOOK_S, _resume_when_read, client, upstream)
+
+
+async def _held_back(upstream: Upstream) -> bytes:
     """Everything up to the first event with data. Raises Lost where that is the engine's error,
-    and ClientPayloadError where there is none."""
+    and BrokenError where there is none."""
     head = b""
-    while chunk := await content.readany():
-        head += cut.whole(chunk)
-        if head.startswith(b"data:") or b"\ndata:" in head:
+    while chunk := await upstream.read():
+        head += chunk
+        begins = 0 if head.startswith(b"data:") else head.find(b"\ndata:")
+        if begins >= 0 and (b"\n\n" in head[begins:] or b"\r\n\r\n" in head[begins:]):
             if failure := failure_in(head):
                 raise Lost(f"failed: {failure}")
             return head
-    raise aiohttp.ClientPayloadError("the stream ended before it began")
+    raise BrokenError("ended the stream before it began")
 
 
-async def _whole(answer: aiohttp.ClientResponse) -> bytes:
+async def _whole(upstream: Upstream) -> bytes:
     body = bytearray()
-    async for chunk in answer.content.iter_any():
+    while chunk := await upstream.read():
         body += chunk
         if len(body) > ANSWER_MAX_BYTES:
             raise Refusal(502, "answer_size", "the engine's answer is too large to be passed on")
@@ -192,23 +218,21 @@ def _body_for(call: Call, member: Member) -> bytes:
     return json.dumps({**document, "model": member.model}).encode()
 
 
-def _headers_for(request: web.Request, key: str) -> dict[str, str]:
-    headers = {
-        name: value
+def _headers_for(request: web.BaseRequest, key: str) -> list[tuple[str, str]]:
+    headers = [
+        (name, value)
         for name, value in request.headers.items()
         if name.lower() not in _HOP_BY_HOP and not name.lower().startswith("x-launcher-")
-    }
+    ]
     if key:
-        headers[hdrs.AUTHORIZATION] = f"Bearer {key}"
-    headers[hdrs.ACCEPT_ENCODING] = "identity"
+        headers.append((hdrs.AUTHORIZATION, f"Bearer {key}"))
+    headers.append((hdrs.ACCEPT_ENCODING, "identity"))
     return headers
 
 
-def _headers_back(answer: aiohttp.ClientResponse, member: str, fallback: str) -> dict[str, str]:
-    headers = {
-        name: value for name, value in answer.headers.items() if name.lower() not in _HOP_BY_HOP
-    }
-    headers[MEMBER_HEADER] = member
-    if fallback:
-        headers[FALLBACK_HEADER] = fallback
+def _headers_back(upstream: Upstream, member: Member) -> dict[str, str]:
+    headers = {name: value for name, value in upstream.headers if name.lower() not in _HOP_BY_HOP}
+    headers[MEMBER_HEADER] = member.name
+    if member.fallback:
+        headers[FALLBACK_HEADER] = member.model
     return headers

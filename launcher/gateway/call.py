@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from launcher.gateway import events
 from launcher.gateway.continuation import Continuation
@@ -20,7 +20,7 @@ class Call:
     """A request from its arrival to its last byte. Counted as waiting until something is sent."""
 
     def __init__(
-        self, request: web.Request, body: bytes, key: Key | None, counters: Counters
+        self, request: web.BaseRequest, body: bytes, key: Key | None, counters: Counters
     ) -> None:
         self.request = request
         self.body = body
@@ -56,6 +56,8 @@ class Call:
         self.has_tokens = True
         if self.response is None:
             self.response = web.StreamResponse(status=status, headers=headers)
+            if hdrs.CONTENT_LENGTH not in self.response.headers:
+                self.response.enable_chunked_encoding()
             await self.response.prepare(self.request)
         return self.response
 
@@ -97,6 +99,7 @@ class Call:
                 "Cache-Control": "no-cache",
             }
         )
+        response.enable_chunked_encoding()
         async with self._writing:
             await response.prepare(self.request)
             self.response = response

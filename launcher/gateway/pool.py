@@ -196,7 +196,7 @@ def _read_key(path: str) -> str:
     if not path:
         return ""
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
+        return Path(path).read_text(encoding="utf-8").split("\n", 1)[0].strip()
     except OSError as error:
         log.error("the key of a member cannot be read: %s", error)
         return ""

@@ -60,7 +60,7 @@ class Relay:
         """Requests of this process that have nothing of their answer yet."""
         return self._counters.own_waiting()
 
-    async def serve(self, request: web.Request) -> web.StreamResponse:
+    async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request, whatever happens; a traceback here would be a dropped request."""
         self.in_flight += 1
         call: Call | None = None
@@ -76,13 +76,18 @@ class Relay:
             return await self._rescue(call)
         except Refusal as refusal:
             return await self._refuse(request, call, refusal)
+        except Exception:
+            log.exception("a request met a bug of ours")
+            return await self._refuse(
+                request, call, Refusal(500, "bug", "the gateway failed at this request")
+            )
         finally:
             self.in_flight -= 1
             if call is not None:
                 self.body_bytes -= len(call.body)
                 call.end()
 
-    def _admit(self, request: web.Request, key_slot: int | None, key_max: int | None) -> None:
+    def _admit(self, request: web.BaseRequest, key_slot: int | None, key_max: int | None) -> None:
         if not self._pool.orders.open:
             raise closing()
         if self._counters.waiting() >= self.settings.waiting_max:
@@ -95,14 +100,18 @@ class Relay:
         if self.body_bytes + (request.content_length or 0) > BODIES_MAX_BYTES:
             raise Refusal(429, "memory", "too many large requests are under way", 5)
 
-    async def _read(self, request: web.Request) -> bytes:
+    async def _read(self, request: web.BaseRequest) -> bytes:
+        """The whole body: it may have to be sent more than once."""
+        body = bytearray()
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
-                return await request.read()
+                while chunk := await request.content.readany():
+                    body += chunk
+                    if len(body) > self.settings.body_max_bytes:
+                        raise too_large(self.settings.body_max_bytes)
         except TimeoutError:
             raise too_slow(BODY_TIMEOUT_S) from None
-        except web.HTTPRequestEntityTooLarge:
-            raise too_large(self.settings.body_max_bytes) from None
+        return bytes(body)
 
     async def _rescue(self, call: Call) -> web.StreamResponse:
         """Try one member after the other until the client has its answer."""
@@ -166,7 +175,7 @@ class Relay:
         return await self._attempts.give(call, lost.status, headers, lost.body)
 
     async def _refuse(
-        self, request: web.Request, call: Call | None, refusal: Refusal
+        self, request: web.BaseRequest, call: Call | None, refusal: Refusal
     ) -> web.StreamResponse:
         self._tally.refused[refusal.cause] += 1
         log.warning(

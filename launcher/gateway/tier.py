@@ -9,11 +9,10 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import aiohttp
 import uvloop
 from aiohttp import web
 
@@ -28,7 +27,7 @@ from launcher.gateway.tally import Tally
 
 ALIVE_PATH = "/-/alive"
 BACKLOG = 4096
-CONNECT_TIMEOUT_S = 2.0
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class Tier:
@@ -44,45 +43,30 @@ class Tier:
         if settings is None:
             raise StateError("is not there", where=str(self._folder / "settings.json"))
         counters = Counters(self._run_folder / "counters", self._row)
-        # No total and no idle limit: an engine may think for an hour. A dead connection is found
-        # by the kernel's own probes, a dead replica by the controller.
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=_make_socket)
-        async with aiohttp.ClientSession(
-            connector=connector, timeout=timeout, auto_decompress=False, trust_env=False
-        ) as session:
-            self._pool = Pool(self._folder, counters)
-            self._pool.read()
-            attempts = Attempts(counters, self._tally, session)
-            self._relay = Relay(settings, self._pool, counters, self._tally, attempts)
-            reading = asyncio.create_task(self._pool.run())
-            loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGTERM, self._retiring.set)
-            loop.add_signal_handler(signal.SIGINT, self._retiring.set)
-            front = await self._listen(settings)
-            await self._retiring.wait()
-            await front.stop()
-            while self._relay.in_flight:
-                await asyncio.sleep(0.05)
-            reading.cancel()
-            counters.clear(self._row)
+        self._pool = Pool(self._folder, counters)
+        self._pool.read()
+        attempts = Attempts(counters, self._tally)
+        self._relay = Relay(settings, self._pool, counters, self._tally, attempts)
+        reading = asyncio.create_task(self._pool.run())
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._retiring.set)
+        loop.add_signal_handler(signal.SIGINT, self._retiring.set)
+        await self._serve(self._admin, self._run_folder / f"admin-{os.getpid()}.sock")
+        front = await self._serve(self._dispatch, self._run_folder / f"tier-{self._index}.sock")
+        await self._retiring.wait()
+        await front.stop()
+        while self._relay.in_flight:
+            await asyncio.sleep(0.05)
+        reading.cancel()
+        counters.clear(self._row)
         (self._run_folder / f"admin-{os.getpid()}.sock").unlink(missing_ok=True)
 
-    async def _listen(self, settings: Settings) -> web.BaseSite:
-        admin = web.Application()
-        admin.router.add_get("/state", self._tell_state)
-        admin.router.add_post("/look", self._look)
-        await self._serve(admin, self._run_folder / f"admin-{os.getpid()}.sock")
-        app = web.Application(client_max_size=settings.body_max_bytes)
-        app.router.add_get(ALIVE_PATH, self._tell_alive)
-        app.router.add_route("*", "/v1/{rest:.*}", self._relay.serve)
-        return await self._serve(app, self._run_folder / f"tier-{self._index}.sock")
-
-    async def _serve(self, app: web.Application, path: Path) -> web.BaseSite:
+    async def _serve(self, handler: Handler, path: Path) -> web.BaseSite:
         """Listen at a path, which names this socket from one moment to the next."""
-        runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, keepalive_timeout=75.0
+        server = web.Server(
+            handler, handler_cancellation=True, access_log=None, keepalive_timeout=75.0
         )
+        runner = web.ServerRunner(server)
         await runner.setup()
         scratch = path.with_suffix(f".{os.getpid()}")
         scratch.unlink(missing_ok=True)
@@ -92,15 +76,22 @@ class Tier:
         self._sites.append(site)
         return site
 
-    async def _tell_alive(self, request: web.Request) -> web.Response:
-        return web.Response(text="alive\n")
+    async def _dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
+        """What the front sends: requests of clients, and its own question each second."""
+        if request.path.startswith("/v1/"):
+            return await self._relay.serve(request)
+        if request.path == ALIVE_PATH:
+            return web.Response(text="alive\n")
+        return web.Response(status=404)
 
-    async def _look(self, request: web.Request) -> web.Response:
-        """There are new orders: read them now."""
-        self._pool.read()
-        return web.json_response({"orders_revision": self._pool.orders.revision})
+    async def _admin(self, request: web.BaseRequest) -> web.StreamResponse:
+        """What supervisor and door ask: how it is, and to look at new orders now."""
+        if request.path == "/look":
+            self._pool.read()
+            return web.Response(text=f"{self._pool.orders.revision}\n")
+        return await self._tell_state()
 
-    async def _tell_state(self, request: web.Request) -> web.Response:
+    async def _tell_state(self) -> web.Response:
         standings = self._pool.standings
         self._tally.forget(set(standings))
         for name, standing in standings.items():
@@ -123,18 +114,6 @@ class Tier:
             members=self._tally.members,
         )
         return web.Response(text=state.model_dump_json(), content_type="application/json")
-
-
-def _make_socket(info: tuple[object, ...]) -> socket.socket:
-    """A connection to an engine that notices within half a minute that its host is gone."""
-    family, kind, protocol = info[0], info[1], info[2]
-    made = socket.socket(family, kind, protocol)  # type: ignore[arg-type]
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return made
 
 
 def main() -> int:
