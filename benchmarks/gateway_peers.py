@@ -275,7 +275,10 @@ class LiteLlm(Peer):
         self.spawn(
             str(LITELLM / "bin/litellm"),
             *("--config", str(config), "--host", "127.0.0.1", "--port", str(self.port)),
-            environment={"LITELLM_LOG": "ERROR"},
+            environment={
+                "LITELLM_LOG": "ERROR",
+                "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+            },
         )
         self.wait()
 
