@@ -81,6 +81,8 @@ def _engine_script(name: str, spec: FleetSpec, layout: Layout) -> str:
     lines += [quoting.export("LAUNCHER_PYXIS_MOUNTS", mounts)]
     if name.startswith("serve"):
         lines += [quoting.array("LAUNCHER_ENGINE_ARGS", _engine_words(spec, layout))]
+        guard = resources.files("launcher.agent").joinpath("guard.py").read_text(encoding="utf-8")
+        lines += [quoting.export("LAUNCHER_GUARD", guard)]
     body = template("preamble.sh") + "\n" + template(f"{name}.sh")
     return "\n".join(lines) + "\n\n" + body
 

@@ -3,7 +3,14 @@ export VLLM_HOST_IP="$LAUNCHER_NODE_ADDRESS" VLLM_PORT="$LAUNCHER_PORT_VLLM_FIRS
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$LAUNCHER_SECRETS/ray_token"
 export RAY_ADDRESS="$LAUNCHER_LEADER_ADDRESS:$LAUNCHER_LEADER_PORT_RENDEZVOUS"
 
+# The engine answers its gateway only, on every path (vLLM's own key leaves some open).
+mkdir -p "$LAUNCHER_TMP/guard"
+printf '%s' "$LAUNCHER_GUARD" >"$LAUNCHER_TMP/guard/launcher_guard.py"
+export PYTHONPATH="$LAUNCHER_TMP/guard${PYTHONPATH:+:$PYTHONPATH}"
+unset LAUNCHER_GUARD
+
 exec "${ENGINE[@]}" vllm serve "$LAUNCHER_MODEL" \
+  --middleware launcher_guard.Guard \
   --host "$LAUNCHER_NODE_ADDRESS" --port "$LAUNCHER_PORT_API" \
   --distributed-executor-backend ray \
   "${LAUNCHER_ENGINE_ARGS[@]}"

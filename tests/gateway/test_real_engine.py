@@ -1,7 +1,9 @@
 """The gateway before real vLLM on two hosts of the testbed, by the official client."""
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -13,15 +15,18 @@ import pytest
 import yaml
 from openai import APIError, AsyncOpenAI, OpenAI
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Cli
 from tests.launcher.fleets import FleetUnderTest, engine_processes, eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(420)]
 
+NAME = "g-real"
+TOOLS = {"enable-auto-tool-choice": True, "tool-call-parser": "hermes"}
 TOOL = {
     "type": "function",
     "function": {
         "name": "weather",
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"hot": {"type": "boolean"}},
@@ -33,8 +38,12 @@ TOOL = {
 
 
 @pytest.fixture(scope="module")
-def fleet(cluster, bootstrapped, shared_dir, shared_cli):
-    """Two replicas of one host each. One request at a time, so that others wait for a token."""
+def fleet(cluster, bootstrapped):
+    """Two replicas of one host each, so few requests at a time that others wait for a token."""
+    folder = ROOT / ".testbed/tmp/gateway"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    cli = Cli({**os.environ, "LAUNCHER_STATE_DIR": str(folder / "state")}, folder)
     example = yaml.safe_load((ROOT / "examples/ssh.yaml").read_text())
     spec = {
         **example,
@@ -45,12 +54,12 @@ def fleet(cluster, bootstrapped, shared_dir, shared_cli):
         "executor": "mp",
         "parallelism": {},
         "gateway": {"continue_streams": True},
-        "engine": {"args": {**example["engine"]["args"], "max-num-seqs": 2}},
+        "engine": {"args": {**example["engine"]["args"], "max-num-seqs": 2, **TOOLS}},
         "env": {**example["env"], "CPU_ENGINE_START_METHOD": "fork"},
         "backend": {"ssh": {"inventory": str(ROOT / ".testbed/inventory.yaml")}},
     }
     del spec["name"]
-    made = FleetUnderTest(shared_dir, shared_cli, "g-real", spec)
+    made = FleetUnderTest(folder, cli, NAME, spec)
     code, document = made.up(timeout=400)
     assert code == 0, document["error"]
     made.document = document
@@ -65,7 +74,7 @@ def client(fleet, kind=OpenAI):
 
 def asked(text: str, **more) -> dict:
     return {
-        "model": fleet_name(),
+        "model": NAME,
         "messages": [{"role": "user", "content": text}],
         "temperature": 0,
         "max_tokens": 12,
@@ -74,13 +83,9 @@ def asked(text: str, **more) -> dict:
     }
 
 
-def fleet_name() -> str:
-    return "g-real"
-
-
 def test_the_official_client_works_in_all_its_ways(fleet):
     one = client(fleet)
-    assert fleet_name() in {model.id for model in one.models.list()}
+    assert NAME in {model.id for model in one.models.list()}
     answer = one.chat.completions.create(**asked("Hello"))
     assert answer.usage.completion_tokens == 12
     stream = one.chat.completions.create(
@@ -90,7 +95,7 @@ def test_the_official_client_works_in_all_its_ways(fleet):
     text = "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
     assert text == answer.choices[0].message.content
     assert parts[-1].usage.completion_tokens == 12
-    plain = one.completions.create(model=fleet_name(), prompt="Hello", max_tokens=3)
+    plain = one.completions.create(model=NAME, prompt="Hello", max_tokens=3)
     assert plain.usage.completion_tokens == 3
 
     async def at_once():
@@ -103,12 +108,22 @@ def test_the_official_client_works_in_all_its_ways(fleet):
 
 
 def test_a_tool_call_passes(fleet):
-    choice = {"type": "function", "function": {"name": "weather"}}
-    answer = client(fleet).chat.completions.create(
-        **asked("Is it hot?", tools=[TOOL], tool_choice=choice, extra_body={}, max_tokens=64)
+    """The model's weights are random, and would write blanks into its JSON for ever."""
+    one = client(fleet)
+    blanks = set()
+    for blank in (" ", "\n", "\t", "\r", "  "):
+        told = one.completions.create(
+            model=NAME, prompt=blank, max_tokens=1, extra_body={"return_token_ids": True}
+        )
+        blanks |= set(told.choices[0].prompt_token_ids)
+    answer = one.chat.completions.create(
+        **asked("Is it hot?", tools=[TOOL], extra_body={}, max_tokens=160),
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+        logit_bias={str(token): -100 for token in blanks},
     )
+    assert answer.choices[0].message.tool_calls, answer
     (call,) = answer.choices[0].message.tool_calls
-    assert call.function.name == "weather"
+    assert (call.function.name, set(json.loads(call.function.arguments))) == ("weather", {"hot"})
 
 
 def test_what_the_client_does_wrong_is_told_by_the_engine(fleet):
@@ -163,7 +178,7 @@ def test_kill_9_of_an_engine_costs_no_request_and_begun_streams_go_on_with_the_s
         thread.start()
     assert eventually(lambda: running(fleet) >= 3, 5)
     victim = fleet.document["replicas"][0]["nodes"][0]["node"]
-    for pid in [pid for pid, node in engine_processes(fleet_name()).items() if node == victim]:
+    for pid in [pid for pid, node in engine_processes(NAME).items() if node == victim]:
         os.kill(pid, signal.SIGKILL)
     for thread in threads:
         thread.join(120)

@@ -29,6 +29,46 @@ LAUNCHER_ENGINE_ARGS=(
   --max-model-len
   4096
 )
+export LAUNCHER_GUARD='"""ASGI middleware inside the engine'"'"'s API server: no door beside the key. Standard library only.
+
+vLLM'"'"'s own key covers some paths (/v1, /v2, /inference); others make tokens without it. This covers
+all but what tells how the server is. It travels inside the serve script and runs in the engine'"'"'s
+environment; nothing of ours is imported there.
+"""
+
+import hmac
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+OPEN_PATHS = ("/health", "/metrics")
+REFUSAL = b'"'"'{"error": {"message": "this engine answers its gateway only", "code": 401}}'"'"'
+
+
+class Guard:
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+        self.expected = b"Bearer " + os.environ.get("VLLM_API_KEY", "").encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        kind = scope["type"]
+        if kind == "lifespan" or (kind == "http" and self.is_allowed(scope)):
+            await self.app(scope, receive, send)
+        elif kind == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            headers = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 401, "headers": headers})
+            await send({"type": "http.response.body", "body": REFUSAL})
+
+    def is_allowed(self, scope: Any) -> bool:
+        """Whether the path is open or the key is right; without a key nothing is."""
+        if scope["path"] in OPEN_PATHS:
+            return True
+        found = [value for name, value in scope["headers"] if name == b"authorization"]
+        expects_key = len(self.expected) > len(b"Bearer ")
+        return expects_key and len(found) == 1 and hmac.compare_digest(found[0], self.expected)
+'
 
 # --- from here on static: the engine's environment ---------------------------------------------
 # Reads LAUNCHER_MODULES, LAUNCHER_APPTAINER and LAUNCHER_PYXIS (arrays, perhaps empty) and leaves
@@ -67,7 +107,14 @@ export VLLM_HOST_IP="$LAUNCHER_NODE_ADDRESS" VLLM_PORT="$LAUNCHER_PORT_VLLM_FIRS
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$LAUNCHER_SECRETS/ray_token"
 export RAY_ADDRESS="$LAUNCHER_LEADER_ADDRESS:$LAUNCHER_LEADER_PORT_RENDEZVOUS"
 
+# The engine answers its gateway only, on every path (vLLM's own key leaves some open).
+mkdir -p "$LAUNCHER_TMP/guard"
+printf '%s' "$LAUNCHER_GUARD" >"$LAUNCHER_TMP/guard/launcher_guard.py"
+export PYTHONPATH="$LAUNCHER_TMP/guard${PYTHONPATH:+:$PYTHONPATH}"
+unset LAUNCHER_GUARD
+
 exec "${ENGINE[@]}" vllm serve "$LAUNCHER_MODEL" \
+  --middleware launcher_guard.Guard \
   --host "$LAUNCHER_NODE_ADDRESS" --port "$LAUNCHER_PORT_API" \
   --distributed-executor-backend ray \
   "${LAUNCHER_ENGINE_ARGS[@]}"
