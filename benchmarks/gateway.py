@@ -28,12 +28,12 @@ import uvloop  # noqa: E402
 from benchmarks import gateway_peers  # noqa: E402
 from benchmarks.gateway_load import Outcome, closed_loop, open_loop  # noqa: E402
 from benchmarks.gateway_peers import PEERS, Both, Peer  # noqa: E402
-from launcher.gateway.door import in_flight  # noqa: E402
+from launcher.gateway.members import in_flight  # noqa: E402
 from tests.gateway.engines import Engine  # noqa: E402
 
 VERDICT_AFTER_S = 3.0
 PATIENCE_S = 8.0
-RATE = 16.0
+RATE = 30.0
 FAULT_AT_S = 2.0
 LOAD_S = 6.0
 
@@ -113,7 +113,7 @@ FAULTS = {
     "kill -9 with requests in prefill": (_kill, False),
     "SIGSTOP": (lambda engine: engine.freeze(), True),
     "chat hangs, /health answers": (lambda engine: engine.fault(kind="hang"), True),
-    "five times slower": (lambda engine: engine.fault(ttft_s=2.5), False),
+    "five times slower": (lambda engine: engine.fault(ttft_s=5.0), False),
     "flapping, three times in 4 s": (_flap, False),
     "closes streams in the middle": (lambda engine: engine.fault(kind="close"), False),
     "answers 500": (lambda engine: engine.fault(kind="error"), False),
@@ -124,7 +124,7 @@ FAULTS = {
 def fault(kind: type[Peer], name: str) -> dict[str, float]:
     """One fault at the first of three engines, under a steady load of both kinds of requests."""
     act, has_verdict = FAULTS[name]
-    engines = [Engine(ttft_s=0.5, gap_s=0.02) for _ in range(3)]
+    engines = [Engine(ttft_s=1.0, gap_s=0.02) for _ in range(3)]
     peer = kind(engines)
     try:
         peer.start()

@@ -19,8 +19,9 @@ from benchmarks.gateway_load import KEY  # noqa: E402
 from launcher.files import write_document  # noqa: E402
 from launcher.gateway import haproxy, keyring  # noqa: E402
 from launcher.gateway.documents import Keys, Member, Orders, Settings  # noqa: E402
-from launcher.gateway.door import Gateway, with_slots  # noqa: E402
+from launcher.gateway.door import Gateway  # noqa: E402
 from launcher.gateway.front import FrontPlaces, render  # noqa: E402
+from launcher.gateway.members import with_slots  # noqa: E402
 from launcher.gateway.places import GatewayPaths  # noqa: E402
 from tests.gateway.engines import Engine, free_port  # noqa: E402
 

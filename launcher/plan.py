@@ -32,6 +32,7 @@ ATTRIBUTION_S = 6.0
 LEADER_FIRST_S = 10.0
 FOLLOWER_GRACE_S = 1
 GATEWAY_TELLS_S = 3.0
+FALLBACK_SERVES = "`launcher down` and `up`: no replica is left, the fallback serves"
 
 
 def make_plan(context: Context, record: RunRecord, snapshot: Snapshot) -> Plan:
@@ -47,6 +48,8 @@ def make_plan(context: Context, record: RunRecord, snapshot: Snapshot) -> Plan:
         replica.released or (replica.intent == "none" and snapshot.desired == "down")
         for replica in record.replicas.values()
     )
+    if finished and snapshot.desired == "up" and context.spec.gateway.fallback:
+        return Plan(tuple(steps), (FALLBACK_SERVES,), finished=False)
     return Plan(tuple(steps), tuple(waiting), finished and not steps)
 
 

@@ -1,8 +1,8 @@
 """`make acceptance [ONLY=…]`: the full matrix with real engines and the benchmarks.
 
 Writes docs/acceptance.md (what passed, when, on which machine), docs/faults.md (each fault once)
-and docs/measurements.md (tables).
-ONLY selects: `matrix`, `bench`, `faults`, or a pytest -k expression for the matrix.
+docs/measurements.md and docs/gateway.md (tables).
+ONLY selects: `matrix`, `bench`, `faults`, `gateway`, or a pytest -k expression for the matrix.
 """
 
 import json
@@ -13,6 +13,8 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+
+from benchmarks.gateway_page import page
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -125,7 +127,10 @@ def main() -> int:
     code = 0
     if only in ("", "faults"):
         code = subprocess.call([sys.executable, "-m", "tests.faults_table"], cwd=ROOT)
-    if only not in ("bench", "faults"):
+    if only in ("", "gateway"):
+        figures = _json("benchmarks/gateway.py"), _json("benchmarks/gateway.py", "--churn", "300")
+        (DOCS / "gateway.md").write_text(page(figures[0], figures[1]["churn"]))
+    if only not in ("bench", "faults", "gateway"):
         code = matrix("" if only == "matrix" else only) or code
     if only in ("", "bench"):
         code = benchmarks() or code

@@ -29,6 +29,7 @@ class Call:
         self.tried: frozenset[str] = frozenset()
         self.response: web.StreamResponse | None = None
         self.has_tokens = False
+        self.lost_at = float("-inf")  # when a replica died under it
         self.continuation: Continuation | None = None
         self._counters = counters
         self._is_waiting = False
@@ -41,6 +42,10 @@ class Call:
     @property
     def waited_s(self) -> float:
         return time.monotonic() - self.began
+
+    @property
+    def lost_since_s(self) -> float:
+        return time.monotonic() - self.lost_at
 
     def document(self) -> dict[str, object] | None:
         """The body as JSON, where it is an object. Read only when something depends on it."""

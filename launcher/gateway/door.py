@@ -10,12 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from launcher.errors import BackendError, StateError
 from launcher.files import make_private, read_document, write_document
 from launcher.gateway.documents import (
-    MEMBERS_MAX,
     Keys,
     Member,
     MemberGoal,
@@ -24,6 +23,7 @@ from launcher.gateway.documents import (
     Settings,
     State,
 )
+from launcher.gateway.members import with_slots
 from launcher.gateway.places import GatewayPaths
 from launcher.gateway.processes import is_alive, open_log, tell
 
@@ -187,24 +187,3 @@ class Gateway:
             return read_document(self._paths.owner, Owner)
         except StateError:
             return None
-
-
-def with_slots(before: Iterable[Member], wanted: Iterable[Member]) -> tuple[Member, ...]:
-    """Members with a column of their own each; one that was there keeps its own. Pure."""
-    held = {member.name: member.slot for member in before}
-    wanted = list(wanted)
-    names = [member.name for member in wanted]
-    taken = {held[name] for name in names if name in held}
-    # Not the column of one who has just gone: what is still counted there is his.
-    shunned = set(held.values())
-    free = iter(
-        [slot for slot in range(MEMBERS_MAX) if slot not in shunned]
-        + [slot for slot in range(MEMBERS_MAX) if slot in shunned - taken]
-    )
-    slots = {name: held[name] if name in held else next(free) for name in names}
-    return tuple(m.model_copy(update={"slot": slots[m.name]}) for m in wanted)
-
-
-def in_flight(state: State, name: str) -> int:
-    """Requests at this member, over all processes. Pure."""
-    return sum(p.members[name].in_flight for p in state.processes if name in p.members)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from inventory import nodeset
 from launcher.gateway.documents import Member, MemberGoal, Orders, State
-from launcher.gateway.door import in_flight, with_slots
+from launcher.gateway.members import in_flight, with_slots
 from launcher.record import ReplicaRecord, RunRecord
 from launcher.snapshot import ReplicaView, Snapshot
 from launcher.verdicts import endpoint_of, is_lost, replica_phase
@@ -59,7 +59,8 @@ def orders(
     return Orders(
         revision=before.revision,
         members=with_slots(before.members, members),
-        expects=snapshot.desired == "up" and any(map(_is_coming, record.replicas.values())),
+        expects=snapshot.desired == "up"
+        and any(_is_coming(one, snapshot.replicas[one.name]) for one in record.replicas.values()),
         open=snapshot.desired == "up",
     )
 
@@ -104,8 +105,10 @@ def _has_failed(report: object) -> bool:
     return getattr(report, "phase", "") == "failed"
 
 
-def _is_coming(replica: ReplicaRecord) -> bool:
-    return replica.intent in ("none", "up", "swap") and replica.failure is None
+def _is_coming(replica: ReplicaRecord, view: ReplicaView) -> bool:
+    """Whether it will take traffic, and does not yet."""
+    is_wanted = replica.intent in ("none", "up", "swap") and replica.failure is None
+    return is_wanted and replica_phase(replica, view) != "serving"
 
 
 def requests_at(state: State | None, replica: ReplicaRecord, revision: int) -> int | None:

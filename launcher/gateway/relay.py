@@ -7,6 +7,7 @@ before its end). Until then the engine may die, hang or fail, and another one is
 import asyncio
 import contextlib
 import logging
+import time
 
 from aiohttp import web
 
@@ -33,6 +34,8 @@ from launcher.gateway.tally import Tally
 TRIES_MAX = 3  # a request that kills engines must not kill them all
 BODY_TIMEOUT_S = 120.0
 BODIES_MAX_BYTES = 2 * 1024**3  # in one process; the next request is told to come back
+# After a replica died under a request, the controller has this long to say that another one comes.
+VERDICT_S = 10.0
 KEY_HEADER = "X-Launcher-Key"
 
 log = logging.getLogger("launcher.gateway")
@@ -136,6 +139,8 @@ class Relay:
             self._pool.unreachable(standing)
             return
         call.tried |= {member.name}
+        if lost.status is None:
+            call.lost_at = time.monotonic()
         self._tally.of(member.name).retried += 1
         what = "stream in the middle" if call.has_tokens else "request without a token"
         log.info("%s lost a %s: %s", member.name, what, lost.why)
@@ -144,9 +149,9 @@ class Relay:
         """Whether nobody is left. Who died is waited for; who answered has said what it thinks."""
         if len(call.tried) >= TRIES_MAX:
             return True
-        if self._pool.pick(call.tried, with_fallback=not call.has_tokens) is not None:
-            return False
-        return lost.status is not None or not self._pool.may_come(call.tried)
+        if lost.status is None:
+            return False  # it died: the controller may have another one soon
+        return self._pool.pick(call.tried, with_fallback=not call.has_tokens) is None
 
     async def _wait_for_member(self, call: Call) -> Standing:
         """The best member now, or the first that comes while the request may be held."""
@@ -157,7 +162,8 @@ class Relay:
         try:
             while self._pool.orders.open:
                 left_s = self.settings.hold_s - call.waited_s
-                if left_s <= 0 or not self._pool.may_come(call.tried):
+                is_hopeful = self._pool.may_come(call.tried) or call.lost_since_s < VERDICT_S
+                if left_s <= 0 or not is_hopeful:
                     raise nobody(call.waited_s)
                 await self._pool.wait_for_change(min(left_s, 1.0))
                 standing = self._pool.pick(call.tried, with_fallback=not call.has_tokens)

@@ -21,6 +21,7 @@ from launcher.files import read_document
 from launcher.gateway.attempt import Attempts
 from launcher.gateway.counters import Counters
 from launcher.gateway.documents import Settings, TierState
+from launcher.gateway.front import BUFFER_BYTES
 from launcher.gateway.pool import Pool
 from launcher.gateway.relay import Relay
 from launcher.gateway.tally import Tally
@@ -64,7 +65,12 @@ class Tier:
     async def _serve(self, handler: Handler, path: Path) -> web.BaseSite:
         """Listen at a path, which names this socket from one moment to the next."""
         server = web.Server(
-            handler, handler_cancellation=True, access_log=None, keepalive_timeout=75.0
+            handler,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=75.0,
+            max_line_size=BUFFER_BYTES,  # what the front lets through, we can read
+            max_field_size=BUFFER_BYTES,
         )
         runner = web.ServerRunner(server)
         await runner.setup()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+from launcher.errors import StateError
 from launcher.gateway.counters import ROWS, Counters
 from launcher.gateway.documents import TierProcess, TierState
 from launcher.gateway.places import GatewayPaths, RunFolder
@@ -71,7 +72,9 @@ class TierKeeper:
 
     def start(self, index: int) -> TierProcess:
         used = {one.row for one in self.everyone}
-        row = next(row for row in range(ROWS - 1) if row not in used)
+        row = next((row for row in range(ROWS - 1) if row not in used), None)
+        if row is None:
+            raise StateError("has no room for another process", where=str(self._run.counters))
         words = [sys.executable, "-m", "launcher.gateway.tier"]
         words += [str(self._paths.root), str(self._run.root), str(index), str(row)]
         with open_log(self._paths.log) as handle:

@@ -49,7 +49,8 @@ class Engine:
         os.kill(self.process.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        os.kill(self.process.pid, signal.SIGCONT)
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         if self.process.poll() is None:

@@ -2,7 +2,7 @@
 
 from launcher.gateway import feed
 from launcher.gateway.documents import Member, Orders
-from launcher.gateway.door import with_slots
+from launcher.gateway.members import with_slots
 from launcher.record import Failure
 from launcher.snapshot import AllocationView, ReplicaView, Snapshot
 from tests.launcher.worlds import NOW, make_context, member, ranked, report, snapshot, view
@@ -36,6 +36,7 @@ def test_a_replica_takes_traffic_after_its_proving_token():
     assert (coming.members, coming.expects, coming.open) == ((), True, True)
     orders = fed(ranked(context), snapshot(*serving()))
     (one,) = orders.members
+    assert not orders.expects
     assert (one.name, one.url, one.key_file) == ("r1.g1", "http://10.0.0.1:1", KEY)
     assert "h[1-2]" in one.where
 

@@ -16,7 +16,8 @@ import pytest
 from launcher.errors import BackendError, UsageError
 from launcher.gateway import haproxy, keyring
 from launcher.gateway.documents import Owner, Settings
-from launcher.gateway.door import Gateway, in_flight
+from launcher.gateway.door import Gateway
+from launcher.gateway.members import in_flight
 from launcher.gateway.places import GatewayPaths, RunFolder
 from launcher.gateway.processes import is_alive
 from tests.gateway.conftest import InBackground, chat

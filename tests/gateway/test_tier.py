@@ -116,6 +116,23 @@ def test_a_request_is_held_while_a_replica_comes_up(tier, engines):
         assert asked.result().status == 200
 
 
+def test_a_request_of_the_only_replica_waits_for_the_verdict_and_its_successor(tier, engines):
+    one = tier()
+    victim, successor = engines(ttft_s=60), engines()
+    one.give(*one.members(victim))
+    with one.client() as client:
+        asked = InBackground(lambda: chat(client, max_tokens=2))
+        assert eventually(lambda: victim.counts()["running"] == 1)
+        victim.kill()
+        assert eventually(lambda: one.state().holding == 1)
+        time.sleep(1)  # nothing has been said yet
+        one.give(expects=True)
+        new = one.members(successor)[0].model_copy(update={"name": "r1.g2", "slot": 7})
+        one.give(new)
+        answer = asked.result()
+    assert (answer.status, answer.headers["x-launcher-replica"]) == (200, "r1.g2")
+
+
 def test_a_flapping_replica_gets_its_request_when_it_is_back(tier, engines):
     one = tier(hold_s=20)
     flapping = engines()

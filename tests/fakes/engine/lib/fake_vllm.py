@@ -2,6 +2,7 @@
 
 Like the real one it does not notice that a peer is gone. FAKE_ENGINE_FAULT makes it misbehave:
 crash (an error at start), exit0 (dies with code 0 after serving began), hang (never ready).
+FAKE_ENGINE_DELAY_S is how long it thinks about each request.
 """
 
 import argparse
@@ -98,6 +99,7 @@ class Api(BaseHTTPRequestHandler):
         if asked.get("model") not in arguments.served_model_name:
             self.answer(404, {"error": "no such model"})
             return
+        time.sleep(float(os.environ.get("FAKE_ENGINE_DELAY_S", "0")))
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
         choice = {"index": 0, "finish_reason": "length"}
         if self.path == "/v1/completions":
