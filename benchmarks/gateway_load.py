@@ -51,8 +51,9 @@ class Client:
             opened = await asyncio.open_connection(host, int(port), limit=2**22)
         self._reader, self._writer = opened
 
-    async def ask(self, data: bytes, *, stream: bool) -> Outcome:
-        """Send one request and read its whole answer."""
+    async def ask(self, data: bytes, *, stream: bool, tokens: int = 0) -> Outcome:
+        """Send one request and read its whole answer. A stream of fewer tokens was cut short."""
+        chunks = 0
         began = time.monotonic()
         first: float | None = None
         got = b""
@@ -73,6 +74,7 @@ class Client:
                         break
                     if first is None and b"data:" in piece and b'"error"' not in piece:
                         first = time.monotonic() - began
+                    chunks += piece.count(b'"finish_reason"')
                     got = (got + piece[:-2])[-4096:] if stream else got + piece[:-2]
             else:
                 length = int(lower.split(b"content-length: ")[1].split(b"\r\n")[0])
@@ -88,13 +90,12 @@ class Client:
             self.close()
             raise
         took_s = time.monotonic() - began
-        if status != 200:
-            return Outcome("lost", took_s, None, f"{status}")
-        if stream and (b"[DONE]" not in got or b'"error"' in got):
-            return Outcome("begun" if first else "lost", took_s, first, "broke off")
-        if not stream and b'"choices"' not in got:
-            return Outcome("lost", took_s, None, "no answer in it")
-        return Outcome("ok", took_s, first)
+        whole = not stream or (b"[DONE]" in got and b'"error"' not in got)
+        if status == 200 and whole and (chunks >= tokens if stream else b'"choices"' in got):
+            return Outcome("ok", took_s, first)
+        why = f"{status}" if status != 200 else "broke off" if not whole else "cut short"
+        begun = stream and status == 200 and first is not None
+        return Outcome("begun" if begun else "lost", took_s, first, why)
 
     def close(self) -> None:
         if self._reader is not None:
@@ -149,7 +150,7 @@ async def open_loop(
         stream = number % 2 == 0
         data = request("x", chat(stream=stream, tokens=tokens))
         client = Client(address)
-        tasks.append(asyncio.create_task(client.ask(data, stream=stream)))
+        tasks.append(asyncio.create_task(client.ask(data, stream=stream, tokens=tokens)))
         tasks[-1].add_done_callback(lambda _, c=client: c.close())
     started = {task: began + n / per_second for n, task in enumerate(tasks)}
     done, waiting = await asyncio.wait(tasks, timeout=patience_s)

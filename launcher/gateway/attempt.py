@@ -66,13 +66,18 @@ class Attempts:
                 finally:
                     standing.under_way.discard(abandon)
             tally.answered += 1
+            standing.note(failed=False)
             return response
+        except Lost:
+            standing.note(failed=True)
+            raise
         except NotConnectedError as error:
             raise Lost(f"cannot be connected to: {error}", connected=False) from error
         except TimeoutError:
             reason = why[0] if why else "it took too long"
         except BrokenError as error:
             reason = str(error)[:200]
+            standing.note(failed=True)
         except ConnectionError as error:  # the client's: an engine's would be a BrokenError
             tally.aborted += 1
             raise asyncio.CancelledError from error

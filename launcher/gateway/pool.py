@@ -21,6 +21,7 @@ READ_EVERY_S = 0.1  # opened anew each time: close-to-open makes that fresh on N
 CHECK_EVERY_S = 1.0
 CHECK_TIMEOUT_S = 2.0
 DOUBTED_AFTER = 2
+RESTS_AFTER, REST_S = 3, 5.0
 
 log = logging.getLogger("launcher.gateway")
 
@@ -33,8 +34,23 @@ class Standing:
         self.reachable = True
         self.fails = 0
         self.answered_at = float("-inf")  # when it last gave a token
+        self._failures = 0  # tries that failed one after the other
+        self._failed_at = float("-inf")
         self.key = _read_key(member.key_file)
         self.under_way: set[Callable[[str], None]] = set()
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it is asked like the others. A member that fails at once has few requests in
+        flight, and would get more than its share of them."""
+        fails_now = time.monotonic() - self._failed_at < REST_S
+        return self.fails < DOUBTED_AFTER and not (self._failures >= RESTS_AFTER and fails_now)
+
+    def note(self, *, failed: bool) -> None:
+        """What became of a try there, where that says something about it."""
+        self._failures = self._failures + 1 if failed else 0
+        if failed:
+            self._failed_at = time.monotonic()
 
     def release_all(self, why: str) -> None:
         """Free every request that waits for this member."""
@@ -76,7 +92,7 @@ class Pool:
             m.name: Seen(
                 self._counters.in_flight(m.slot),
                 self.standings[m.name].reachable,
-                self.standings[m.name].fails < DOUBTED_AFTER,
+                self.standings[m.name].is_sure,
             )
             for m in members
         }

@@ -102,7 +102,7 @@ class Tier:
         self._tally.forget(set(standings))
         for name, standing in standings.items():
             tally = self._tally.of(name)
-            tally.reachable, tally.sure = standing.reachable, standing.fails == 0
+            tally.reachable, tally.sure = standing.reachable, standing.is_sure
         state = TierState(
             pid=os.getpid(),
             index=self._index,

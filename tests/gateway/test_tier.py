@@ -86,6 +86,23 @@ def test_a_stream_that_stops_in_the_middle_says_so(tier, engines, kind):
     assert answer.error["code"] == 502
 
 
+def test_a_member_that_fails_again_and_again_is_left_alone_for_a_while(tier, engines):
+    """It would look like the least busy one."""
+    one = tier()
+    bad, good = engines(kind="error"), engines(ttft_s=0.05)
+    one.give(*one.members(bad, good))
+    with one.client() as client:
+        asked = [InBackground(lambda: chat(client)) for _ in range(3)]
+        for _ in range(40):
+            assert chat(client).status == 200
+        for one_asked in asked:
+            one_asked.result()
+        assert one.state().members["r1"].sent <= 8
+        assert not one.state().members["r1"].sure
+        bad.fault(kind="none")
+        assert eventually(lambda: chat(client).headers["x-launcher-replica"] == "r1", 10)
+
+
 def test_all_replicas_failing_gives_the_engines_own_answer(tier, engines):
     one = tier()
     one.give(*one.members(*(engines(kind="error") for _ in range(5))))
