@@ -74,7 +74,7 @@ class Client:
                         break
                     if first is None and b"data:" in piece and b'"error"' not in piece:
                         first = time.monotonic() - began
-                    chunks += piece.count(b'"finish_reason"')
+                    chunks += piece.count(b'"delta"')
                     got = (got + piece[:-2])[-4096:] if stream else got + piece[:-2]
             else:
                 length = int(lower.split(b"content-length: ")[1].split(b"\r\n")[0])

@@ -195,7 +195,7 @@ class Both(Peer):
     def start(self) -> None:
         self.gateway = Gateway(GatewayPaths(self.folder))
         self.gateway.configure(Settings(fleet="b", host="127.0.0.1", port=self.port, drain_s=2))
-        self.gateway.give_keys(keyring.added(Keys(), "b", KEY, 0))
+        self.gateway.change_keys(lambda keys: keyring.added(keys, "b", KEY, 0))
         members = [
             Member(name=f"m{n}", slot=0, url=engine.url) for n, engine in enumerate(self.engines)
         ]
@@ -213,10 +213,7 @@ class Both(Peer):
         self.gateway.dead(f"m{number}")
 
     def stop(self) -> None:
-        self.gateway.stop()
-        limit = time.monotonic() + 15
-        while self.gateway.owner() is not None and time.monotonic() < limit:
-            time.sleep(0.05)
+        self.gateway.stop(15)
         super().stop()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launcher.errors import SpecError
 from launcher.files import make_private, write_text
-from launcher.spec import FleetSpec
+from launcher.spec import FleetSpec, SecretSource
 
 SECRET_MAX_BYTES = 64 * 1024
 
@@ -23,21 +23,32 @@ def provide(spec: FleetSpec, folder: Path) -> None:
         write_text(folder / "api_key", f"sk-{secrets.token_urlsafe(32)}\n")
     for name in ("engine_key", "agent_token", "ray_token"):
         write_text(folder / name, secrets.token_hex(32))
-    sources = dict(spec.secrets)
-    if spec.gateway.fallback and spec.gateway.fallback.key:
-        sources["fallback_key"] = spec.gateway.fallback.key
-    for name, source in sources.items():
-        if source.env is not None:
-            value = os.environ.get(source.env)
-            if not value:
-                raise SpecError(
-                    f"the variable {source.env} is not set here",
-                    where=f"secrets.{name}",
-                    hint=f"export {source.env}=… and run the command again.",
-                )
-        else:
-            value = _read_secret_file(Path(source.file or ""), name)
-        write_text(folder / name, value.strip() + "\n")
+    for name, source in spec.secrets.items():
+        write_text(folder / name, _value(name, source) + "\n")
+    provide_fallback(spec, folder)
+
+
+def provide_fallback(spec: FleetSpec, folder: Path) -> None:
+    """The key of the fallback as the spec names it now, which may change while the fleet runs."""
+    path = folder / "fallback_key"
+    source = spec.gateway.fallback.key if spec.gateway.fallback else None
+    if source is None:
+        path.unlink(missing_ok=True)  # of an earlier fallback: another one must not see it
+    else:
+        write_text(path, _value("fallback_key", source) + "\n")
+
+
+def _value(name: str, source: SecretSource) -> str:
+    if source.env is None:
+        return _read_secret_file(Path(source.file or ""), name).strip()
+    value = os.environ.get(source.env)
+    if not value:
+        raise SpecError(
+            f"the variable {source.env} is not set here",
+            where=f"secrets.{name}",
+            hint=f"export {source.env}=… and run the command again.",
+        )
+    return value.strip()
 
 
 def _read_secret_file(path: Path, name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from launcher.errors import FleetError
 from launcher.files import read_document
 from launcher.gateway import feed, keyring
-from launcher.gateway.documents import Settings, State
+from launcher.gateway.documents import Keys, Settings, State
 from launcher.gateway.door import FRESH_S, Gateway
 from launcher.gateway.owner import free_port
 from launcher.journal import Journal
@@ -35,7 +35,7 @@ class Traffic:
         self._spec_file = spec_file
         self._journal = journal
         self._gateway = Gateway(paths.gateway)
-        self._is_started = self._gateway.is_supervised()
+        self._trouble = ""
         self._failures = 0
         self._try_at = 0.0
         self._seen_orders = 0
@@ -44,7 +44,7 @@ class Traffic:
         """What the gateway says now."""
         state = self._state()
         if state is None:
-            return GatewayView(is_up=False, problem=self._problem())
+            return GatewayView(is_up=False, problem=self._trouble)
         at = {
             name: feed.requests_at(state, replica, self._seen_orders)
             for name, replica in record.replicas.items()
@@ -59,36 +59,41 @@ class Traffic:
         )
 
     def give_orders(self, record: RunRecord, snapshot: Snapshot) -> None:
-        """Start the gateway when ranks are given, again when it is gone; tell it who serves."""
-        if snapshot.desired == "up" and any(r.ranked_at for r in record.replicas.values()):
-            self._tend(record)
-        if self._is_started:
-            wanted = feed.orders(
-                record,
-                snapshot,
-                self._gateway.orders(),
-                str(self._paths.secrets / "engine_key"),
-                self._backup(),
-            )
-            given = self._gateway.give(wanted)
-            if given.revision != self._seen_orders:
-                self._seen_orders = given.revision
-                told = {member.name: member.goal for member in given.members}
-                self._journal.write("gateway", members=told, open=given.open)
+        """Start the gateway when ranks are given, again when it is gone; tell it who serves.
+
+        What goes wrong here is told and tried again: the fleet itself goes on.
+        """
+        try:
+            if snapshot.desired == "up" and any(r.ranked_at for r in record.replicas.values()):
+                self._tend(record)
+            if self._paths.gateway.settings.exists():
+                self._give(record, snapshot)
+            self._trouble = ""
+        except (FleetError, OSError) as error:
+            if str(error) != self._trouble:
+                self._journal.write("failed", step="gateway", error=str(error))
+            self._trouble = str(error)
+
+    def _give(self, record: RunRecord, snapshot: Snapshot) -> None:
+        key_file = str(self._paths.secrets / "engine_key")
+        before = self._gateway.orders()
+        wanted = feed.orders(record, snapshot, before, key_file, self._backup())
+        given = self._gateway.give(wanted)
+        if given.revision != self._seen_orders:
+            self._seen_orders = given.revision
+            told = {member.name: member.goal for member in given.members}
+            self._journal.write("gateway", members=told, open=given.open)
 
     def stop(self) -> None:
-        """End it, and wait: afterwards nothing of this fleet listens."""
-        if not self._paths.gateway.owner.exists():
-            return
-        self._journal.write("gateway", stop=True)
-        self._gateway.start()  # where its supervisor is gone, another one ends the rest
-        limit = time.monotonic() + self._spec.limits.drain + STOPS_WITHIN_S
-        while time.monotonic() < limit and self._paths.gateway.owner.exists():
-            self._gateway.stop()
-            time.sleep(0.1)
+        """End it, and wait: afterwards nothing of this fleet listens, or it is said what does."""
+        try:
+            leftover = self._gateway.stop(self._spec.limits.drain + STOPS_WITHIN_S)
+        except (FleetError, OSError) as error:
+            leftover = str(error)
+        self._journal.write("gateway", stopped=not leftover, leftover=leftover)
 
     def _tend(self, record: RunRecord) -> None:
-        if self._is_started and self._gateway.is_supervised():
+        if self._gateway.is_supervised():
             self._configure(record)  # a changed spec is followed without a restart
             self._failures = 0
             return
@@ -96,18 +101,21 @@ class Traffic:
             return
         self._try_at = time.monotonic() + RETRY_S[min(self._failures, len(RETRY_S) - 1)]
         self._failures += 1
-        self._is_started = True
         self._configure(record)
         self._journal.write("gateway", start=self._settings(record).port, tries=self._failures)
         self._gateway.start()
 
     def _configure(self, record: RunRecord) -> None:
-        settings = self._settings(record)
-        self._gateway.configure(settings)
-        secret = self._paths.api_key
-        if secret.is_file():
-            text = secret.read_text(encoding="utf-8").strip()
-            self._gateway.give_keys(keyring.with_default(self._gateway.keys(), text, time.time()))
+        self._gateway.configure(self._settings(record))
+        self._gateway.change_keys(self._with_default)
+
+    def _with_default(self, keys: Keys) -> Keys:
+        """The ring with the fleet's own key as its file is now; without a file nothing is new."""
+        try:
+            secret = self._paths.api_key.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return keys
+        return keyring.with_default(keys, secret, time.time())
 
     def _settings(self, record: RunRecord) -> Settings:
         """The spec's gateway with an address that was found once and stays."""
@@ -118,8 +126,8 @@ class Traffic:
         if written.host != "auto" and written.host.startswith("127."):
             host = written.host
         port = spec.port or (before.port if before else 0)
-        is_ours = self._gateway.is_supervised()
-        if not port or (not spec.port and not is_ours and self._failures > 1):
+        # Another port only while nothing of ours listens on this one.
+        if not port or (not spec.port and not self._gateway.is_running() and self._failures > 1):
             port = free_port(*PORTS, host)
         return Settings(
             fleet=spec.name,
@@ -163,16 +171,13 @@ class Traffic:
         fallback = (read_document(self._spec_file, FleetSpec) or self._spec).gateway.fallback
         if fallback is None:
             return None
-        key = self._paths.secrets / "fallback_key"
-        return feed.Backup(fallback.url, fallback.model, str(key) if key.is_file() else "")
+        key = str(self._paths.secrets / "fallback_key") if fallback.key else ""
+        return feed.Backup(fallback.url, fallback.model, key)
 
     def _state(self) -> State | None:
         try:
             state = self._gateway.state()
-        except FleetError:
+        except (FleetError, OSError):
             return None
         fresh = state is not None and time.time() - state.at < FRESH_S
         return state if fresh else None
-
-    def _problem(self) -> str:
-        return "it says nothing" if self._is_started else ""

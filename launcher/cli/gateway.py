@@ -7,7 +7,7 @@ import time
 from launcher.cli import output
 from launcher.errors import StateError, UsageError
 from launcher.gateway import keyring
-from launcher.gateway.documents import BUCKETS_S, Histogram, State
+from launcher.gateway.documents import BUCKETS_S, Histogram, Keys, State
 from launcher.gateway.door import FRESH_S, Gateway
 from launcher.paths import FleetPaths
 
@@ -28,14 +28,18 @@ def status(paths: FleetPaths, *, as_json: bool) -> int:
 
 def restart(paths: FleetPaths) -> int:
     """Let it become the installed version; no request is dropped."""
-    before = {process.pid for process in _state(paths).processes}
+    _state(paths)
     gateway = Gateway(paths.gateway)
-    if not gateway.is_supervised():
-        gateway.start()
-    gateway.renew()
+    owner = gateway.owner()
+    before = {process.pid for process in owner.tier} if owner else set()
+    gateway.start()
     limit = time.monotonic() + RENEWED_WITHIN_S
+    while time.monotonic() < limit and not gateway.is_supervised():
+        time.sleep(0.1)
+    gateway.renew()
     while time.monotonic() < limit:
-        serving = {p.pid for p in _state(paths).processes if not p.retiring}
+        state = gateway.state()
+        serving = {p.pid for p in state.processes if not p.retiring} if state else set()
         if serving and not serving & before:
             output.say("restarted; what was under way ends in the old processes")
             return 0
@@ -56,7 +60,8 @@ def add_key(paths: FleetPaths, name: str, waiting_max: int | None, *, as_json: b
         raise UsageError(
             "a key has at least 16 printable letters", where="stdin", hint="Or give none."
         )
-    gateway.give_keys(keyring.added(gateway.keys(), name, secret, time.time(), waiting_max))
+    now = time.time()
+    gateway.change_keys(lambda keys: keyring.added(keys, name, secret, now, waiting_max))
     if as_json:
         output.document({"version": 1, "name": name, "key": secret})
     else:
@@ -67,10 +72,14 @@ def add_key(paths: FleetPaths, name: str, waiting_max: int | None, *, as_json: b
 
 def revoke_key(paths: FleetPaths, name: str) -> int:
     """A key counts no more; the fleet's own is made anew by the next `up`."""
-    gateway = Gateway(paths.gateway)
-    gateway.give_keys(keyring.revoked(gateway.keys(), name))
-    if name == "default":
-        paths.api_key.unlink(missing_ok=True)
+
+    def revoke(keys: Keys) -> Keys:
+        after = keyring.revoked(keys, name)
+        if name == "default":  # with its file: the controller would add it again
+            paths.api_key.unlink(missing_ok=True)
+        return after
+
+    Gateway(paths.gateway).change_keys(revoke)
     output.say(f"{name} is revoked")
     return 0
 

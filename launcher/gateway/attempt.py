@@ -111,6 +111,7 @@ class Attempts:
             is_stream = upstream.content_type == "text/event-stream"
             if upstream.status >= 500 or upstream.status in (401, 403):
                 said = await _whole(upstream)
+                standing.forget_key()
                 why = f"answered {upstream.status}: {said[:200].decode('utf-8', 'replace')}"
                 raise Lost(why, True, upstream.status, said, upstream.content_type)
             if call.has_tokens and not is_stream:
@@ -161,31 +162,37 @@ async def _stream(
     response = await call.begin(upstream.status, headers)
     await response.write(told(cut.whole(head)))
     client = call.request.transport
+    is_behind = False
+
+    def resume_when_read() -> None:
+        """Let the engine go on once its client has read what there was."""
+        nonlocal is_behind
+        if client is None or client.is_closing():
+            return
+        is_behind = client.get_write_buffer_size() >= CLIENT_BEHIND_BYTES // 4
+        if is_behind:
+            asyncio.get_running_loop().call_later(CLIENT_LOOK_S, resume_when_read)
+        else:
+            upstream.pause(False)
 
     def pass_on(chunk: bytes) -> None:
         events = cut.whole(chunk)
         if not events or client is None or client.is_closing():
             return
+        if b'"error"' in events and (failure := failure_in(events)):
+            upstream.break_off(f"failed: {failure}")
+            return
         events = told(events)
         client.write(b"%x\r\n%b\r\n" % (len(events), events))  # as `response` frames its own
-        if client.get_write_buffer_size() > CLIENT_BEHIND_BYTES:
+        if not is_behind and client.get_write_buffer_size() > CLIENT_BEHIND_BYTES:
             upstream.pause(True)
-            _resume_when_read(client, upstream)
+            resume_when_read()
 
     await upstream.pipe(pass_on)
     if not cut.is_done and call.request.path in ENDS_WITH_DONE:
         raise BrokenError("ended the stream without [DONE]")
     await response.write_eof()
     return response
-
-
-def _resume_when_read(client: asyncio.Transport, upstream: Upstream) -> None:
-    """Let the engine go on once its client has read what there was."""
-    if client.is_closing() or client.get_write_buffer_size() < CLIENT_BEHIND_BYTES // 4:
-        upstream.pause(False)
-    else:
-        loop = asyncio.get_running_loop()
-        loop.call_later(CLIENT_LOOK_S, _resume_when_read, client, upstream)
 
 
 async def _held_back(upstream: Upstream) -> bytes:

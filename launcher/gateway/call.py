@@ -19,11 +19,10 @@ COMMENT_AFTER_S = 10.0
 class Call:
     """A request from its arrival to its last byte. Counted as waiting until something is sent."""
 
-    def __init__(
-        self, request: web.BaseRequest, body: bytes, key: Key | None, counters: Counters
-    ) -> None:
+    def __init__(self, request: web.BaseRequest, key: Key | None, counters: Counters) -> None:
         self.request = request
-        self.body = body
+        self.body = b""
+        self.counted_bytes = 0  # of the body, as far as it has come
         self.key = key
         self.began = time.monotonic()
         self.tried: frozenset[str] = frozenset()
@@ -37,6 +36,10 @@ class Call:
         self._writing = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
         self._set_waiting(True)
+
+    def take_body(self, body: bytes) -> None:
+        """The request is whole; from now on its client waits for us."""
+        self.body = body
         self._timer = asyncio.get_running_loop().call_later(COMMENT_AFTER_S, self._start_comments)
 
     @property

@@ -79,11 +79,9 @@ class Continuation:
             "stream": True,
             "return_token_ids": True,
             "stream_options": self._asked.get("stream_options"),
-            # Without a limit a completion ends after 16 tokens, a chat at the end of the context.
-            "max_tokens": left if left is not None else None,
+            # None is the end of the context; without the key a completion ends after 16 tokens.
+            "max_tokens": left,
         }
-        if left is None:
-            del document["max_tokens"]
         if model:
             document["model"] = model
         return _PLAIN, json.dumps(document).encode()

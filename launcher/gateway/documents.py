@@ -87,6 +87,7 @@ class Settings(Document):
     hold_s: float = 300.0
     drain_s: float = 30.0
     continue_streams: bool = False
+    goal: Literal["up", "stopped"] = "up"
 
 
 class Process(BaseModel):
@@ -94,7 +95,8 @@ class Process(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     pid: int
-    started_at: float
+    started_ticks: int
+    boot_id: str
 
 
 class TierProcess(Process):

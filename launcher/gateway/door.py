@@ -5,6 +5,8 @@ nudged, which works on the gateway's own host only. Nothing here is in the way o
 """
 
 import contextlib
+import fcntl
+import os
 import signal
 import socket
 import subprocess
@@ -29,6 +31,7 @@ from launcher.gateway.processes import is_alive, open_log, tell
 
 STARTS_WITHIN_S = 20.0
 FRESH_S = 5.0
+SILENT_AFTER_S = 20.0
 
 
 class Gateway:
@@ -36,6 +39,8 @@ class Gateway:
 
     def __init__(self, paths: GatewayPaths) -> None:
         self._paths = paths
+        self._child: subprocess.Popen[bytes] | None = None
+        self._heard = (0.0, time.monotonic())  # what a far gateway's state said, and when it did
 
     # Running
 
@@ -45,9 +50,23 @@ class Gateway:
         if owner is None:
             return False
         if owner.host != socket.gethostname():
-            state = self.state()
-            return state is not None and time.time() - state.at < FRESH_S
+            return self._speaks()
         return is_alive(owner.supervisor)
+
+    def is_running(self) -> bool:
+        """Whether anything of it lives here, with or without its supervisor."""
+        owner = self.owner()
+        if owner is None or owner.host != socket.gethostname():
+            return owner is not None
+        return any(is_alive(one) for one in (owner.supervisor, owner.front, *owner.tier))
+
+    def _speaks(self) -> bool:
+        """Whether the state of a gateway on another host changes, watched on our own clock."""
+        state = self.state()
+        now = time.monotonic()
+        if state is not None and state.at != self._heard[0]:
+            self._heard = (state.at, now)
+        return now - self._heard[1] < SILENT_AFTER_S
 
     def configure(self, settings: Settings) -> None:
         """What the gateway shall be; a running one follows by itself."""
@@ -56,20 +75,30 @@ class Gateway:
             write_document(self._paths.settings, settings)
 
     def start(self) -> None:
-        """Start a supervisor in the background, unless one lives. It adopts what runs."""
-        if self.is_supervised():
+        """Start a supervisor in the background, unless one lives. It adopts what runs. Raises
+        BackendError where the gateway runs on another host: two would share its orders."""
+        if self.is_supervised() or (self._child is not None and self._child.poll() is None):
             return
-        with contextlib.suppress(StateError):
-            self._paths.state.unlink(missing_ok=True)
-        with open_log(self._paths.log) as handle:
-            subprocess.Popen(
-                [sys.executable, "-m", "launcher.gateway.supervisor", str(self._paths.root)],
-                stdin=subprocess.DEVNULL,
-                stdout=handle,
-                stderr=handle,
-                start_new_session=True,
-                cwd="/",
+        owner = self.owner()
+        if owner is not None and owner.host != socket.gethostname():
+            raise BackendError(
+                f"the gateway runs on {owner.host}, and its supervisor there says nothing",
+                where="gateway",
+                hint=f"`launcher gateway restart` on {owner.host}.",
             )
+        try:
+            self._paths.state.unlink(missing_ok=True)
+            with open_log(self._paths.log) as handle:
+                self._child = subprocess.Popen(
+                    [sys.executable, "-m", "launcher.gateway.supervisor", str(self._paths.root)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=handle,
+                    stderr=handle,
+                    start_new_session=True,
+                    cwd="/",
+                )
+        except OSError as error:
+            raise BackendError(f"cannot be started: {error}", where="gateway") from error
 
     def wait_until_up(self, timeout_s: float = STARTS_WITHIN_S) -> State:
         """The state of a gateway that takes requests. Raises BackendError that says why not."""
@@ -91,9 +120,40 @@ class Gateway:
         """Restart as the version that is installed now, without dropping a request."""
         self._signal(signal.SIGHUP)
 
-    def stop(self) -> None:
-        """Let it end what is under way, then itself."""
-        self._signal(signal.SIGTERM)
+    def stop(self, within_s: float) -> str:
+        """Let it end what is under way, then itself, wherever it runs; wait. What is left, in
+        words; empty when nothing is."""
+        settings = read_document(self._paths.settings, Settings)
+        if settings is None:
+            return ""
+        self.configure(settings.model_copy(update={"goal": "stopped"}))
+        if self.is_running() and not self.is_supervised():
+            self.start()  # another one ends what the last one left
+        limit = time.monotonic() + within_s
+        while time.monotonic() < limit:
+            is_starting = self._child is not None and self._child.poll() is None
+            if self.owner() is None and not is_starting:
+                return ""
+            with contextlib.suppress(BackendError):
+                self._signal(signal.SIGUSR1)  # look now
+            time.sleep(0.1)
+        return self._kill()
+
+    def _kill(self) -> str:
+        owner = self.owner()
+        if owner is None:
+            return ""
+        if owner.host != socket.gethostname():
+            return f"the gateway on {owner.host}, port {owner.port}, did not answer"
+        everyone = [owner.supervisor, owner.front, *owner.tier]
+        for one in everyone:
+            tell(one, signal.SIGKILL)
+        time.sleep(0.2)
+        left = [str(one.pid) for one in everyone if one is not None and is_alive(one)]
+        if left:
+            return f"processes {', '.join(left)} of the gateway do not end"
+        self._paths.owner.unlink(missing_ok=True)
+        return ""
 
     def _signal(self, number: signal.Signals) -> None:
         owner = self.owner()
@@ -171,11 +231,20 @@ class Gateway:
     def keys(self) -> Keys:
         return read_document(self._paths.keys, Keys) or Keys()
 
-    def give_keys(self, keys: Keys) -> None:
+    def change_keys(self, change: Callable[[Keys], Keys]) -> None:
+        """Change the ring; who changes it at the same time waits, and sees the change."""
         make_private(self._paths.root)
-        if keys != self.keys():
-            write_document(self._paths.keys, keys)
-            self._nudge()
+        handle = os.open(self._paths.keys_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            before = self.keys()
+            after = change(before)
+            if after == before:
+                return
+            write_document(self._paths.keys, after)
+        finally:
+            os.close(handle)
+        self._nudge()
 
     def state(self) -> State | None:
         """What the gateway said last; None where it never did. `at` tells how old it is."""

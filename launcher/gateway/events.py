@@ -36,22 +36,20 @@ def _after(chunk: bytes, mark: bytes) -> int:
     return found + len(mark) if found >= 0 else 0
 
 
-def failure_in(chunk: bytes) -> str | None:
-    """What the engine says went wrong, where its first event is an error of its own (5xx)."""
-    for line in chunk.splitlines():
-        if not line.startswith(b"data:"):
+def failure_in(events: bytes) -> str | None:
+    """What the engine says went wrong, where one of its events is an error of its own (5xx)."""
+    for line in events.splitlines():
+        if not line.startswith(b"data:") or b'"error"' not in line[:64]:
             continue
-        if b'"error"' not in line[:64]:
-            return None
         try:
             error = json.loads(line[5:]).get("error")
         except (ValueError, AttributeError):
-            return None
+            continue
         if not isinstance(error, dict):
-            return None
+            continue
         code = error.get("code")
-        is_client_fault = isinstance(code, int) and 400 <= code < 500
-        return None if is_client_fault else str(error.get("message", "an error event"))[:300]
+        if not (isinstance(code, int) and 400 <= code < 500):
+            return str(error.get("message", "an error event"))[:300]
     return None
 
 

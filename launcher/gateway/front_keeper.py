@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from launcher.errors import StateError
+from launcher.errors import FleetError, StateError
 from launcher.files import read_document, write_text
 from launcher.gateway import haproxy, keyring
 from launcher.gateway.documents import Keys, Process, Settings
@@ -26,30 +26,42 @@ class FrontKeeper:
         self._binary = haproxy.find_binary()
         self._configured_for: tuple[Settings, Stamp, Stamp] | None = None
         self._keys_given: Stamp = None
+        self._refused: FleetError | None = None
 
     @property
     def is_up(self) -> bool:
         return is_alive(self.process) and self._run.front_socket.exists()
 
     def start(self, settings: Settings) -> None:
+        keys_given = _stamp(self._paths.keys)
         self._configure(settings)
         with open_log(self._paths.front_log) as handle:
             started = haproxy.start(self._binary, self._run.config, handle)
         self.process = identity(started.pid)
+        self._keys_given = keys_given
 
     def follow(self, settings: Settings) -> None:
-        """Keys at once; anything else by a reload, after HAProxy has checked it."""
+        """Keys at once; anything else by a reload, after HAProxy has checked it. What it refused
+        is told until the files change."""
         if not self.is_up or self.process is None:
             return
         if self._configured_for != _wanted(settings):
-            self._configure(settings)
-            haproxy.reload(self.process.pid)
-        elif self._keys_given != _stamp(self._paths.keys):
+            keys_given = _stamp(self._paths.keys)
+            self._refused = None
+            try:
+                self._configure(settings)
+                haproxy.reload(self.process.pid)
+                self._keys_given = keys_given
+            except FleetError as error:
+                self._refused = error
+        if self._keys_given != _stamp(self._paths.keys):
             self._give_keys()
+        if self._refused is not None:
+            raise self._refused
 
     def _configure(self, settings: Settings) -> None:
         """Write what the front reads when it starts. Raises BackendError where it would refuse."""
-        wanted, keys_given = _wanted(settings), _stamp(self._paths.keys)
+        self._configured_for = _wanted(settings)
         write_text(self._run.keys_map, keyring.as_map(self._keys()))
         if settings.certificate:
             pair = (_read(settings.certificate), _read(settings.certificate_key))
@@ -65,8 +77,6 @@ class FrontKeeper:
         threads = max(1, min(THREADS_MAX, (os.cpu_count() or 1) // CORES_PER_THREAD))
         scratch = self._run.config.with_suffix(".new")
         write_text(scratch, render(settings, places, threads))
-        # Until the files change again, the answer of this check is the answer.
-        self._configured_for, self._keys_given = wanted, keys_given
         haproxy.check(self._binary, scratch)
         scratch.replace(self._run.config)
 

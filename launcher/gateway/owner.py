@@ -18,6 +18,10 @@ from launcher.gateway.places import port_lock, private_root
 from launcher.gateway.processes import is_alive
 
 
+class SupervisedError(StateError):
+    """Another supervisor of the same gateway lives."""
+
+
 class PortLock:
     """Held by the supervisor; released by its end, in which the gateway may go on."""
 
@@ -33,7 +37,11 @@ class PortLock:
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise _taken(self._read(), self._path) from None
+                other = self._read()
+                os.close(self._handle)
+                if other is not None and other.folder == folder:
+                    raise SupervisedError("is looked after already", where=folder) from None
+                raise _taken(other, self._path) from None
             with contextlib.suppress(OSError):
                 if self._path.stat().st_ino == os.fstat(self._handle).st_ino:
                     break

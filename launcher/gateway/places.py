@@ -31,6 +31,10 @@ class GatewayPaths:
         return self.root / "keys.json"
 
     @property
+    def keys_lock(self) -> Path:
+        return self.root / "keys.lock"
+
+    @property
     def settings(self) -> Path:
         return self.root / "settings.json"
 

@@ -8,7 +8,9 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+from pydantic import BaseModel
 from yarl import URL
 
 from launcher.errors import StateError
@@ -23,6 +25,7 @@ CHECK_TIMEOUT_S = 2.0
 DOUBTED_AFTER = 2
 RESTS_AFTER, REST_S = 3, 5.0
 
+T = TypeVar("T", bound=BaseModel)
 log = logging.getLogger("launcher.gateway")
 
 
@@ -36,8 +39,19 @@ class Standing:
         self.answered_at = float("-inf")  # when it last gave a token
         self._failures = 0  # tries that failed one after the other
         self._failed_at = float("-inf")
-        self.key = _read_key(member.key_file)
+        self._key = ""
         self.under_way: set[Callable[[str], None]] = set()
+
+    @property
+    def key(self) -> str:
+        """What the member wants to see; read again until there is something in its file."""
+        if not self._key and self.member.key_file:
+            self._key = _read_key(self.member.key_file)
+        return self._key
+
+    def forget_key(self) -> None:
+        """The next request reads the file again: its content may be another one."""
+        self._key = ""
 
     @property
     def is_sure(self) -> bool:
@@ -66,6 +80,9 @@ class Pool:
         self._keys_file = folder / "keys.json"
         self._counters = counters
         self._marks: dict[Path, tuple[int, int, int]] = {}
+        self._complaints: dict[Path, str] = {}
+        self._looking = asyncio.Lock()
+        self.has_keys = False
         self._checks: dict[str, asyncio.Task[None]] = {}
         self.orders = Orders()
         self.keys: dict[str, Key] = {}
@@ -75,16 +92,43 @@ class Pool:
     async def run(self) -> None:
         """Read the orders for ever; those that cannot be read leave the last good ones."""
         while True:
-            self.read()
+            await self.look()
             await asyncio.sleep(READ_EVERY_S)
 
-    def read(self) -> None:
-        for path, take in ((self._orders_file, self._take), (self._keys_file, self._take_keys)):
+    async def look(self) -> None:
+        """Read what is new. In a thread: a file system that hangs must not hold requests."""
+        async with self._looking:
+            self._take(*await asyncio.to_thread(self._read))
+
+    def start(self) -> None:
+        """Read everything once, before the first request."""
+        self._take(*self._read())
+
+    def _read(self) -> tuple[Orders | None, Keys | None]:
+        """What has changed on disk since the last good look."""
+        return self._new(self._orders_file, Orders), self._new(self._keys_file, Keys)
+
+    def _new(self, path: Path, kind: type[T]) -> T | None:
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                if self._is_new(path):
-                    take()
-            except (StateError, OSError) as error:
+                stat = os.fstat(handle)
+            finally:
+                os.close(handle)
+            found = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            if self._marks.get(path) == found:
+                return None
+            document = read_document(path, kind)
+            self._marks[path] = found
+            self._complaints.pop(path, None)
+            return document
+        except FileNotFoundError:
+            return None
+        except (StateError, OSError) as error:
+            if self._complaints.get(path) != str(error):
                 log.error("%s; the last good one counts", error)
+                self._complaints[path] = str(error)
+            return None
 
     def pick(self, tried: frozenset[str], *, with_fallback: bool = True) -> Standing | None:
         members = tuple(m for m in self.orders.members if with_fallback or not m.fallback)
@@ -114,30 +158,14 @@ class Pool:
         self.changed.set()
         self.changed = asyncio.Event()
 
-    def _is_new(self, path: Path) -> bool:
-        try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            stat = os.fstat(handle)
-        finally:
-            os.close(handle)
-        found = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-        if self._marks.get(path) == found:
-            return False
-        self._marks[path] = found
-        return True
-
-    def _take_keys(self) -> None:
-        keys = read_document(self._keys_file, Keys)
+    def _take(self, orders: Orders | None, keys: Keys | None) -> None:
         if keys is not None:
             self.keys = {key.name: key for key in keys.keys}
+            self.has_keys = True
+        if orders is not None:
+            self._take_orders(orders)
 
-    def _take(self) -> None:
-        orders = read_document(self._orders_file, Orders)
-        if orders is None:
-            return
+    def _take_orders(self, orders: Orders) -> None:
         kept: dict[str, Standing] = {}
         for member in orders.members:
             known = self.standings.pop(member.name, None)
@@ -146,6 +174,7 @@ class Pool:
                     known.release_all("its address changed")
                 known = Standing(member)
             known.member = member
+            known.forget_key()
             kept[member.name] = known
             if member.goal == "dead":
                 known.release_all("was declared dead")

@@ -1,35 +1,47 @@
 """Processes that outlive whoever started them: known by pid and start, never by name. I/O."""
 
 import contextlib
+import functools
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
 from launcher.gateway.documents import Process
 
-_START_SLACK_S = 1.5  # /proc counts in ticks since a boot time that NTP may move
+DESCRIPTORS = 65_536
+
+
+@functools.cache
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    """State and start of a process, in ticks since boot: no clock that can be set moves them.
+    Raises OSError where there is none (proc(5), fields 3 and 22)."""
+    text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    fields = text.rpartition(")")[2].split()
+    return fields[0], int(fields[19])
 
 
 def identity(pid: int) -> Process:
-    """The process of this pid, so that it can be told from a later one. Raises psutil.Error."""
-    return Process(pid=pid, started_at=psutil.Process(pid).create_time())
+    """The process of this pid, so that it can be told from a later one. Raises OSError."""
+    return Process(pid=pid, started_ticks=_stat(pid)[1], boot_id=_boot_id())
 
 
 def is_alive(process: Process | None) -> bool:
     """Whether this very process still runs. One that has ended is reaped if it is our child."""
-    if process is None:
+    if process is None or process.boot_id != _boot_id():
         return False
     with contextlib.suppress(ChildProcessError):
         os.waitpid(process.pid, os.WNOHANG)
     try:
-        found = psutil.Process(process.pid)
-        same = abs(found.create_time() - process.started_at) < _START_SLACK_S
-        return same and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+        state, started_ticks = _stat(process.pid)
+    except OSError:
         return False
+    return started_ticks == process.started_ticks and state not in "ZX"
 
 
 def tell(process: Process | None, number: signal.Signals) -> bool:
@@ -51,3 +63,12 @@ def open_log(path: Path) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
+
+
+def raise_descriptor_limit() -> None:
+    """As many open files as we may have: each request takes two, and many shells give 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

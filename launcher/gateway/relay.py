@@ -15,7 +15,7 @@ from launcher.gateway.attempt import Attempts
 from launcher.gateway.call import Call
 from launcher.gateway.continuation import Continuation
 from launcher.gateway.counters import Counters
-from launcher.gateway.documents import Settings
+from launcher.gateway.documents import Key, Settings
 from launcher.gateway.events import error_body, error_event
 from launcher.gateway.front import REFUSED_HEADER
 from launcher.gateway.pool import Pool, Standing
@@ -68,14 +68,13 @@ class Relay:
         self.in_flight += 1
         call: Call | None = None
         try:
-            key = self._pool.keys.get(request.headers.get(KEY_HEADER, ""))
+            key = await self._key_of(request)
             self._tally.by_key[key.name if key else ""] += 1
-            self._admit(request, key.slot if key else None, key.waiting_max if key else None)
-            body = await self._read(request)
-            call = Call(request, body, key, self._counters)
+            self._admit(request, key)
+            call = Call(request, key, self._counters)
+            await self._read(call)
             if self.settings.continue_streams:
                 call.continuation = Continuation.of(request.path, call.document())
-            self.body_bytes += len(body)
             return await self._rescue(call)
         except Refusal as refusal:
             return await self._refuse(request, call, refusal)
@@ -87,34 +86,47 @@ class Relay:
         finally:
             self.in_flight -= 1
             if call is not None:
-                self.body_bytes -= len(call.body)
+                self.body_bytes -= call.counted_bytes
                 call.end()
 
-    def _admit(self, request: web.BaseRequest, key_slot: int | None, key_max: int | None) -> None:
+    async def _key_of(self, request: web.BaseRequest) -> Key | None:
+        """The key that the front found; one that was revoked meanwhile is none."""
+        name = request.headers.get(KEY_HEADER)
+        if name is None or not self._pool.has_keys:
+            return None
+        if name not in self._pool.keys:
+            await self._pool.look()
+        if name not in self._pool.keys:
+            raise Refusal(401, "key", "the API key is missing or not valid")
+        return self._pool.keys[name]
+
+    def _admit(self, request: web.BaseRequest, key: Key | None) -> None:
         if not self._pool.orders.open:
             raise closing()
         if self._counters.waiting() >= self.settings.waiting_max:
             raise too_many("of all clients", self.settings.waiting_max)
-        if key_slot is not None and key_max is not None:
-            if self._counters.waiting_of(key_slot) >= key_max:
-                raise too_many("with this key", key_max)
+        if key is not None and key.waiting_max is not None:
+            if self._counters.waiting_of(key.slot) >= key.waiting_max:
+                raise too_many("with this key", key.waiting_max)
         if (request.content_length or 0) > self.settings.body_max_bytes:
             raise too_large(self.settings.body_max_bytes)
-        if self.body_bytes + (request.content_length or 0) > BODIES_MAX_BYTES:
-            raise Refusal(429, "memory", "too many large requests are under way", 5)
 
-    async def _read(self, request: web.BaseRequest) -> bytes:
+    async def _read(self, call: Call) -> None:
         """The whole body: it may have to be sent more than once."""
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
-                while chunk := await request.content.readany():
+                while chunk := await call.request.content.readany():
                     body += chunk
+                    call.counted_bytes += len(chunk)
+                    self.body_bytes += len(chunk)
                     if len(body) > self.settings.body_max_bytes:
                         raise too_large(self.settings.body_max_bytes)
+                    if self.body_bytes > BODIES_MAX_BYTES:
+                        raise Refusal(429, "memory", "too many large requests are under way", 5)
         except TimeoutError:
             raise too_slow(BODY_TIMEOUT_S) from None
-        return bytes(body)
+        call.take_body(bytes(body))
 
     async def _rescue(self, call: Call) -> web.StreamResponse:
         """Try one member after the other until the client has its answer."""

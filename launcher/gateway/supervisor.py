@@ -24,9 +24,9 @@ from launcher.files import make_private, read_document, write_document
 from launcher.gateway import haproxy, metrics
 from launcher.gateway.documents import Orders, Owner, Settings, State
 from launcher.gateway.front_keeper import FrontKeeper
-from launcher.gateway.owner import PortLock, check_port_is_free
+from launcher.gateway.owner import PortLock, SupervisedError, check_port_is_free
 from launcher.gateway.places import LOG_MAX_BYTES, GatewayPaths, RunFolder
-from launcher.gateway.processes import identity, is_alive, tell
+from launcher.gateway.processes import identity, is_alive, raise_descriptor_limit, tell
 from launcher.gateway.tier_keeper import TierKeeper
 
 CALM_TURN_S = 1.0
@@ -64,7 +64,8 @@ class Supervisor:
         self._lock.take(str(self._paths.root))
         owner = self._former()
         self._front.process = owner.front if owner and is_alive(owner.front) else None
-        if self._front.process is None:
+        self._is_ending = self._settings.goal == "stopped"  # only what is left has to end
+        if self._front.process is None and not self._is_ending:
             try:
                 check_port_is_free(self._settings.host, self._settings.port)
             except FleetError:
@@ -74,7 +75,8 @@ class Supervisor:
         alive = [one for one in owner.tier if is_alive(one)] if owner else []
         if not alive:
             self._run.counters.unlink(missing_ok=True)
-        self._tier = TierKeeper(self._paths, self._run)
+        self._tier = TierKeeper(self._paths, self._run, self._write_owner)
+        alive += await self._tier.find_unknown(alive)
         self._tier.adopt(alive)
         if alive:
             log.info("adopted %d processes of the tier", len(alive))
@@ -125,6 +127,8 @@ class Supervisor:
         problem = ""
         try:
             self._read_settings()
+            if self._is_ending:
+                return
             await self._tend_tier()
             await self._tier.ask_all()
             self._tend_front()
@@ -146,8 +150,11 @@ class Supervisor:
 
     def _read_settings(self) -> None:
         settings = read_settings(self._paths)
-        if (settings.host, settings.port) != (self._settings.host, self._settings.port):
-            raise BackendError("the address of a running gateway does not change", where="port")
+        before = self._settings
+        if settings.goal == "stopped":
+            self._order_the_end()
+        address = {"host": before.host, "port": before.port, "announced": before.announced}
+        settings = settings.model_copy(update={**address, "goal": before.goal})  # these stay
         if settings != self._settings:
             self._settings = settings
             self._renew_left = list(range(settings.processes))  # they read them at their start
@@ -251,10 +258,10 @@ class Supervisor:
         )
         if owner == self._owner:
             return
-        self._owner = owner
+        self._lock.write(owner)
         with contextlib.suppress(StateError):
             write_document(self._paths.owner, owner)
-        self._lock.write(owner)
+            self._owner = owner
 
     async def _serve_metrics(self, before: int | None) -> None:
         app = web.Application()
@@ -350,9 +357,12 @@ def _say_why_not(paths: GatewayPaths, error: FleetError) -> None:
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s gateway %(process)d %(message)s")
     paths = GatewayPaths(Path(sys.argv[1]))
+    raise_descriptor_limit()
     try:
         settings = read_settings(paths)
         asyncio.run(Supervisor(paths, settings, renew="--renew" in sys.argv[2:]).run())
+    except SupervisedError:
+        return 0  # another one was quicker
     except FleetError as error:
         log.error("%s", error)
         _say_why_not(paths, error)

@@ -23,6 +23,7 @@ from launcher.gateway.counters import Counters
 from launcher.gateway.documents import Settings, TierState
 from launcher.gateway.front import BUFFER_BYTES
 from launcher.gateway.pool import Pool
+from launcher.gateway.processes import raise_descriptor_limit
 from launcher.gateway.relay import Relay
 from launcher.gateway.tally import Tally
 
@@ -45,7 +46,7 @@ class Tier:
             raise StateError("is not there", where=str(self._folder / "settings.json"))
         counters = Counters(self._run_folder / "counters", self._row)
         self._pool = Pool(self._folder, counters)
-        self._pool.read()
+        self._pool.start()
         attempts = Attempts(counters, self._tally)
         self._relay = Relay(settings, self._pool, counters, self._tally, attempts)
         reading = asyncio.create_task(self._pool.run())
@@ -69,6 +70,7 @@ class Tier:
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=75.0,
+            auto_decompress=False,  # a body is passed on as it came
             max_line_size=BUFFER_BYTES,  # what the front lets through, we can read
             max_field_size=BUFFER_BYTES,
         )
@@ -93,7 +95,7 @@ class Tier:
     async def _admin(self, request: web.BaseRequest) -> web.StreamResponse:
         """What supervisor and door ask: how it is, and to look at new orders now."""
         if request.path == "/look":
-            self._pool.read()
+            await self._pool.look()
             return web.Response(text=f"{self._pool.orders.revision}\n")
         return await self._tell_state()
 
@@ -125,6 +127,7 @@ class Tier:
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s tier %(process)d %(message)s")
     folder, run_folder, index, row = sys.argv[1:5]
+    raise_descriptor_limit()
     uvloop.run(Tier(Path(folder), Path(run_folder), int(index), int(row)).run())
     return 0
 

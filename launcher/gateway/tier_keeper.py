@@ -1,11 +1,13 @@
 """The processes of the tier as the supervisor keeps them: started, asked, replaced. I/O."""
 
 import asyncio
+import contextlib
 import logging
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from launcher.errors import StateError
 from launcher.gateway.counters import ROWS, Counters
@@ -15,6 +17,7 @@ from launcher.gateway.processes import identity, is_alive, open_log, tell
 
 ASK_TIMEOUT_S = 2.0
 HUNG_AFTER_S = 10.0
+HUNG_ASKED = 4
 STARTS_WITHIN_S = 15.0
 STATE_MAX_BYTES = 16 * 1024 * 1024
 
@@ -24,14 +27,16 @@ log = logging.getLogger("launcher.gateway")
 class TierKeeper:
     """Those that take requests, and those that end their last ones (retiring)."""
 
-    def __init__(self, paths: GatewayPaths, run: RunFolder) -> None:
+    def __init__(self, paths: GatewayPaths, run: RunFolder, on_change: Callable[[], None]) -> None:
         self.serving: list[TierProcess] = []
         self.retiring: list[TierProcess] = []
         self.states: dict[int, TierState] = {}
         self._paths = paths
         self._run = run
         self._counters = Counters(run.counters, ROWS - 1)
-        self._heard: dict[int, float] = {}
+        self._on_change = on_change
+        self._started: dict[int, float] = {}
+        self._silent: dict[int, tuple[float, int]] = {}  # since when, and how often it was asked
 
     @property
     def everyone(self) -> list[TierProcess]:
@@ -45,11 +50,10 @@ class TierKeeper:
         """Processes of an earlier supervisor. The newest of an index serves, others retire."""
         for row in set(range(ROWS - 1)) - {one.row for one in processes}:
             self._counters.clear(row)
-        for one in sorted(processes, key=lambda one: one.started_at):
+        for one in sorted(processes, key=lambda one: one.started_ticks):
             for older in [other for other in self.serving if other.index == one.index]:
                 self.retire(older)
             self.serving.append(one)
-            self._heard[one.pid] = time.monotonic()
 
     def tend(self, wanted: int) -> list[str]:
         """Bury the dead, end the hung, retire what is too many; what died, in words."""
@@ -60,7 +64,7 @@ class TierKeeper:
                 if one in self.serving:
                     died.append(f"process {one.pid} of the tier died")
                 self._forget(one)
-            elif now - self._heard.get(one.pid, now) > HUNG_AFTER_S:
+            elif self._hangs(one, now):
                 log.error("process %d of the tier hangs; it is ended", one.pid)
                 tell(one, signal.SIGKILL)
         for one in [one for one in self.serving if one.index >= wanted]:
@@ -87,9 +91,10 @@ class TierKeeper:
                 cwd="/",
             )
         known = identity(started.pid)
-        made = TierProcess(pid=known.pid, started_at=known.started_at, row=row, index=index)
+        made = TierProcess(**known.model_dump(), row=row, index=index)
         self.serving.append(made)
-        self._heard[made.pid] = time.monotonic() + STARTS_WITHIN_S
+        self._started[made.pid] = time.monotonic()
+        self._on_change()
         return made
 
     async def replace(self, index: int) -> None:
@@ -111,6 +116,14 @@ class TierKeeper:
         self.serving.remove(one)
         self.retiring.append(one)
         tell(one, signal.SIGTERM)
+        self._on_change()
+
+    def _hangs(self, one: TierProcess, now: float) -> bool:
+        """Whether it was asked several times for long, and was silent. Time in which nobody asked
+        is no silence of its own."""
+        since, asked = self._silent.get(one.pid, (now, 0))
+        is_starting = now - self._started.get(one.pid, float("-inf")) < STARTS_WITHIN_S
+        return now - since > HUNG_AFTER_S and asked >= HUNG_ASKED and not is_starting
 
     async def ask_all(self) -> None:
         everyone = self.everyone
@@ -118,13 +131,33 @@ class TierKeeper:
         for one, state in zip(everyone, answers, strict=True):
             if state is not None:
                 self.states[one.pid] = state
-                self._heard[one.pid] = time.monotonic()
+                self._silent.pop(one.pid, None)
+            else:
+                since, asked = self._silent.get(one.pid, (time.monotonic(), 0))
+                self._silent[one.pid] = (since, asked + 1)
+
+    async def find_unknown(self, known: list[TierProcess]) -> list[TierProcess]:
+        """Processes that an earlier supervisor started and had no time to write down."""
+        found = []
+        for path in sorted(self._run.root.glob("admin-*.sock")):
+            pid = int(path.stem.removeprefix("admin-") or 0)
+            if any(one.pid == pid for one in known):
+                continue
+            state = await self._ask_pid(pid)
+            with contextlib.suppress(OSError):
+                if state is not None:
+                    who = identity(pid).model_dump()
+                    found.append(TierProcess(**who, row=state.row, index=state.index))
+        return found
 
     async def _ask(self, one: TierProcess) -> TierState | None:
+        return await self._ask_pid(one.pid)
+
+    async def _ask_pid(self, pid: int) -> TierState | None:
         """What it says of itself, on a connection of its own; None where it does not answer."""
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
-                path = str(self._run.admin_socket(one.pid))
+                path = str(self._run.admin_socket(pid))
                 reader, writer = await asyncio.open_unix_connection(path, limit=STATE_MAX_BYTES)
                 try:
                     writer.write(b"GET /state HTTP/1.0\r\n\r\n")
@@ -141,5 +174,7 @@ class TierKeeper:
                 group.remove(one)
         self._counters.clear(one.row)
         self.states.pop(one.pid, None)
-        self._heard.pop(one.pid, None)
+        self._silent.pop(one.pid, None)
+        self._started.pop(one.pid, None)
         self._run.admin_socket(one.pid).unlink(missing_ok=True)
+        self._on_change()

@@ -6,6 +6,8 @@ request has a connection of its own: none is closed by the engine just when a re
 """
 
 import asyncio
+import errno
+import functools
 import socket
 import ssl
 from collections import deque
@@ -15,6 +17,8 @@ from typing import cast
 import httptools
 from yarl import URL
 
+from launcher.gateway.refusal import Refusal
+
 CONNECT_TIMEOUT_S = 2.0
 HEADERS_MAX = 256
 _KEEPALIVE = (
@@ -23,6 +27,12 @@ _KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
 )
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Made once: it reads all certificates of the system."""
+    return ssl.create_default_context()
 
 
 class NotConnectedError(Exception):
@@ -52,7 +62,7 @@ class Upstream(asyncio.Protocol):
     @classmethod
     async def connect(cls, url: URL) -> "Upstream":
         """Raises NotConnectedError, within seconds."""
-        secure = ssl.create_default_context() if url.scheme == "https" else None
+        secure = _tls() if url.scheme == "https" else None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, made = await asyncio.get_running_loop().create_connection(
@@ -61,6 +71,8 @@ class Upstream(asyncio.Protocol):
         except TimeoutError:
             raise NotConnectedError(f"no connection within {CONNECT_TIMEOUT_S:.0f} s") from None
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise Refusal(503, "descriptors", "the gateway is at its limit", 2) from error
             raise NotConnectedError(str(error)) from error
         return made
 
@@ -105,6 +117,10 @@ class Upstream(asyncio.Protocol):
         """Let the engine wait, for the client is slower."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading() if paused else self._transport.resume_reading()
+
+    def break_off(self, why: str) -> None:
+        """What came is no answer, though the connection holds: a BrokenError from now on."""
+        self._fail(why)
 
     def close(self) -> None:
         """End the exchange at once; an engine that is still at it stops."""

@@ -7,6 +7,7 @@ it is there), so that it runs wherever a host of the testbed does.
 POST /fault {"kind": …, "ttft_s": …, "gap_s": …, "key": …} sets how it behaves from now on:
   none · hang (chat never answers, /health does) · error (500) · error_event · short (a body
   shorter than its length) · close (the stream ends cleanly in the middle) · reset (… by force)
+  · dies (an error event in the middle, as vLLM's API server says that its engine is gone)
 GET /counts tells what it has seen: started, finished, aborted, running.
 """
 
@@ -177,6 +178,11 @@ class Connection(asyncio.Protocol):
             if index >= 3 and b.kind in ("close", "short"):
                 self.transport.write(b"0\r\n\r\n")
                 self.transport.close()
+                return
+            if index >= 3 and b.kind == "dies":
+                self.event({"error": {"message": "EngineCore died", "code": 500}})
+                self.chunk(b"data: [DONE]\n\n")
+                self.transport.write(b"0\r\n\r\n")
                 return
             if index >= 3 and b.kind == "reset":
                 sock = self.transport.get_extra_info("socket")

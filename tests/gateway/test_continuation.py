@@ -50,6 +50,28 @@ def test_a_killed_replicas_stream_goes_on_with_the_same_text(tier, engines, kind
     assert sum(t.broken for t in tally.values()) == 0
 
 
+def test_an_engine_that_says_itself_that_it_died_is_no_end_of_the_stream(tier, engines):
+    one = tier(continue_streams=True)
+    dying, good = engines(kind="dies", gap_s=0.01), engines()
+    members = one.members(dying, good)
+    one.give(members[0], members[1].model_copy(update={"weight": 0.01}))
+    with one.client() as client:
+        answer = chat(client, stream=True, max_tokens=8)
+    assert (answer.tokens, answer.error, answer.is_done) == (8, None, True)
+    assert one.state().members["r1"].continued == 1
+
+
+def test_a_chat_without_a_limit_goes_on_without_one():
+    one = Continuation.of(CHAT, {"messages": [], "stream": True})
+    assert one is not None
+    chunk = {"prompt_token_ids": [5], "choices": [{"delta": {"content": "a"}, "token_ids": [1]}]}
+    one.pass_on(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+    path, body = one.resume("")
+    assert path == "/v1/completions"
+    asked = json.loads(body)
+    assert (asked["prompt"], asked["max_tokens"]) == ([5, 1], None)  # None: the context's end
+
+
 def text_of(chunks):
     parts = []
     for chunk in chunks:

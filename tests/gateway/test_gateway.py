@@ -1,5 +1,6 @@
 """The whole gateway: supervisor, real HAProxy, the tier's processes, and the door to them."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from launcher.errors import BackendError, UsageError
@@ -37,7 +39,7 @@ class GatewayUnderTest(Gateway):
             fleet="t", host="127.0.0.1", port=self.port, drain_s=drain_s, **settings
         )
         self.configure(self.settings)
-        self.give_keys(keyring.added(self.keys(), "first", SECRET, time.time()))
+        self.change_keys(lambda keys: keyring.added(keys, "first", SECRET, time.time()))
 
     def up(self) -> "GatewayUnderTest":
         self.start()
@@ -66,12 +68,8 @@ class GatewayUnderTest(Gateway):
         owner = self.owner()
         if owner is None:
             return
-        self.start()  # where a test has killed the supervisor, the next one ends the rest
-        time.sleep(0.2)
-        assert eventually(lambda: self.is_supervised() or self.owner() is None)
         pids = [one for one in (owner.front, *owner.tier) if one is not None]
-        self.stop()
-        assert eventually(lambda: self.owner() is None, 20)
+        assert self.stop(20) == ""
         assert eventually(lambda: not any(is_alive(one) for one in pids), 5)
         assert not Path(owner.run_folder).exists()
 
@@ -303,9 +301,9 @@ def test_keys_come_and_go_at_run_time_and_only_their_hashes_are_kept(gateway, en
     one.add("r1", engines().url)
     with one.client("sk-second") as second, one.client() as first:
         assert second.get("/v1/models").status_code == 401
-        one.give_keys(keyring.added(one.keys(), "second", "sk-second", time.time()))
+        one.change_keys(lambda k: keyring.added(k, "second", "sk-second", time.time()))
         assert eventually(lambda: second.get("/v1/models").status_code == 200)
-        one.give_keys(keyring.revoked(one.keys(), "first"))
+        one.change_keys(lambda keys: keyring.revoked(keys, "first"))
         assert eventually(lambda: first.get("/v1/models").status_code == 401)
         assert second.get("/v1/models").status_code == 200
     for folder in (one.paths.root, Path(one.holder.run_folder)):
@@ -378,6 +376,35 @@ def test_a_restart_to_a_new_version_drops_nothing(gateway, engines):
         supervisor = one.holder.supervisor.pid
     assert one.holder.supervisor.pid == supervisor
     assert len(one.holder.tier) == 2
+
+
+def test_a_supervisor_killed_in_a_restart_leaves_no_process_unknown(
+    gateway, engines
+):
+    one = gateway().up()
+    one.add("r1", engines(ttft_s=0.02).url)
+    with steady_load(one):
+        for pause_s in (0.05, 0.4, 0.9):
+            one.renew()
+            time.sleep(pause_s)
+            os.kill(one.holder.supervisor.pid, signal.SIGKILL)
+            assert eventually(lambda: not one.is_supervised())
+            one.start()
+            assert eventually(one.is_supervised)
+            assert eventually(lambda: len(tiers_of(one)) == len(one.holder.tier) == 2, 15)
+    assert one.stop(15) == ""
+    assert tiers_of(one) == []
+
+
+def tiers_of(gateway) -> list[int]:
+    """Every process of the tier that there is, whoever knows it."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if "launcher.gateway.tier" in words and str(gateway.paths.root) in words:
+                found.append(process.pid)
+    return found
 
 
 def test_changed_settings_and_a_new_certificate_are_taken_without_a_drop(
@@ -464,7 +491,7 @@ def test_the_end_waits_for_what_is_under_way_and_takes_no_more(gateway, engines)
         with one.client() as second:
             refused = chat(second)
             assert (refused.status, refused.headers["retry-after"]) == (503, "30")
-        one.stop()
+        threading.Thread(target=one.stop, args=(15,)).start()
         assert asked.result().is_done
     assert eventually(lambda: not Path(one.paths.owner).exists(), 10)
 

@@ -76,7 +76,7 @@ def test_an_engine_that_fails_costs_no_request(tier, engines, kind, stream):
     assert good.counts()["finished"] == 12
 
 
-@pytest.mark.parametrize("kind", ["close", "reset"])
+@pytest.mark.parametrize("kind", ["close", "reset", "dies"])
 def test_a_stream_that_stops_in_the_middle_says_so(tier, engines, kind):
     one = tier()
     one.give(*one.members(engines(kind=kind, gap_s=0.05)))
@@ -260,6 +260,27 @@ def test_the_engine_gets_its_own_key_and_never_the_clients(tier, engines, tmp_pa
     headers = engine.counts()["seen"][-1]["headers"]
     assert headers["authorization"] == "bearer engine-key"
     assert not [name for name in headers if name.startswith("x-launcher")]
+
+
+def test_a_changed_key_of_an_engine_is_read_again(tier, engines, tmp_path):
+    one = tier()
+    engine, other = engines(key="new-key"), engines()
+    (tmp_path / "engine.key").write_text("old-key\n")
+    one.give(*one.members(engine, other, key_file=str(tmp_path / "engine.key")))
+    with one.client() as client:
+        assert all(chat(client).headers["x-launcher-replica"] == "r2" for _ in range(4))
+        (tmp_path / "engine.key").write_text("new-key\n")
+        assert eventually(lambda: chat(client).headers["x-launcher-replica"] == "r1", 10)
+
+
+def test_a_key_that_was_revoked_is_refused_whoever_says_that_it_is_valid(tier, engines):
+    one = tier()
+    one.give(*one.members(engines()))
+    one.give_keys(Key(name="ci", sha256="0" * 64, slot=3, made_at=0))
+    with one.client() as client:
+        assert client.get("/v1/models", headers={"X-Launcher-Key": "ci"}).status_code == 200
+        one.give_keys()
+        assert client.get("/v1/models", headers={"X-Launcher-Key": "ci"}).status_code == 401
 
 
 def test_more_waiting_requests_than_allowed_are_refused_clearly(tier, engines):
