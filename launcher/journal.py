@@ -18,14 +18,14 @@ class Journal:
         append_line(self._path, json.dumps(row, default=str, ensure_ascii=False))
 
 
-def read(path: Path, limit: int = 100) -> list[dict[str, Any]]:
-    """The last events of a journal; lines that were cut off are left out."""
+def read(path: Path) -> list[dict[str, Any]]:
+    """The events of a journal; lines that were cut off are left out."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     events = []
-    for line in lines[-limit:]:
+    for line in lines:
         try:
             event = json.loads(line)
         except ValueError:

@@ -183,6 +183,21 @@ def logs(
 
 
 @app.command()
+def events(
+    file: SpecFile = None,
+    fleet: FleetOption = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many of the last ones.")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on as things happen.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what was done to a fleet, and why."""
+    from launcher.cli import events as command
+
+    paths = _find(file, fleet)
+    _watched(lambda: command.events(paths, limit=limit, follow=follow, as_json=as_json))
+
+
+@app.command()
 def nodes(
     file: SpecFile = None,
     fleet: FleetOption = None,

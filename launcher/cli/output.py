@@ -26,6 +26,11 @@ def document(content: dict[str, Any]) -> None:
     print(json.dumps(content, indent=1, ensure_ascii=False), flush=True)
 
 
+def line(content: dict[str, Any]) -> None:
+    """One of many JSON documents, on a line of its own, for what follows or watches."""
+    print(json.dumps(content, ensure_ascii=False), flush=True)
+
+
 def error_of(error: FleetError) -> dict[str, Any]:
     return {
         "code": error.code,

@@ -378,9 +378,7 @@ def test_a_restart_to_a_new_version_drops_nothing(gateway, engines):
     assert len(one.holder.tier) == 2
 
 
-def test_a_supervisor_killed_in_a_restart_leaves_no_process_unknown(
-    gateway, engines
-):
+def test_a_supervisor_killed_in_a_restart_leaves_no_process_unknown(gateway, engines):
     one = gateway().up()
     one.add("r1", engines(ttft_s=0.02).url)
     with steady_load(one):

@@ -319,3 +319,23 @@ def test_help_is_quick_to_import():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     for heavy in ("pydantic", "paramiko", "fabric", "submitit", "yaml", "psutil", "httpx"):
         assert f"'{heavy}'" not in loaded
+
+
+def test_events_tell_what_was_done_and_why(fleet):
+    fleet.up()
+    victim = fleet.engines()[0]
+    victim.send_signal(signal.SIGKILL)
+    assert eventually(lambda: fleet.status()[1]["finished"], 20.0)
+    told = fleet.cli("events", "--fleet", fleet.name).stdout
+    for words in (
+        "asked for nodes: n[1-2] (allocation 1)",
+        "n1 becomes a rank of generation 1",
+        "serves",
+        "the address is http://127.0.0.1:",
+        "traffic: r1.g1 serving",
+        "given up: node n",
+        "the gateway has ended",
+    ):
+        assert words in told, told
+    rows = fleet.cli("events", "--fleet", fleet.name, "--json", "--limit", "3").stdout.splitlines()
+    assert [set(json.loads(row)) >= {"at", "event"} for row in rows] == [True] * 3
