@@ -24,10 +24,12 @@ from launcher.files import make_private, read_document, write_document
 from launcher.gateway import haproxy, metrics
 from launcher.gateway.documents import Orders, Owner, Settings, State
 from launcher.gateway.front_keeper import FrontKeeper
+from launcher.gateway.keeper import LOOK_EVERY_S, Keeper
 from launcher.gateway.owner import PortLock, SupervisedError, check_port_is_free
 from launcher.gateway.places import LOG_MAX_BYTES, GatewayPaths, RunFolder
 from launcher.gateway.processes import identity, is_alive, raise_descriptor_limit, tell
 from launcher.gateway.tier_keeper import TierKeeper
+from launcher.paths import FleetPaths
 
 CALM_TURN_S = 1.0
 BUSY_TURN_S = 0.15
@@ -87,6 +89,7 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGUSR1, self._woken.set)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         await self._serve_metrics(owner.metrics_port if owner else None)
+        keeping = asyncio.create_task(self._keep_controller())
         while not self._is_ending:
             await self._turn()
             if self._renewing:
@@ -95,7 +98,14 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), self._turn_s())
             self._woken.clear()
+        keeping.cancel()
         await self._end()
+
+    async def _keep_controller(self) -> None:
+        keeper = Keeper(FleetPaths(self._paths.root.parent))
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.to_thread(keeper.look)
 
     def _turn_s(self) -> float:
         orders = self._orders

@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from launcher.gateway.door import Gateway
+from launcher.gateway.keeper import is_due
 from launcher.paths import FleetPaths
-from launcher.wish import Driver
+from launcher.wish import Driver, is_driven
 from tests.gateway.engines import Engine
 from tests.launcher.fleets import eventually, fake_spec
 
@@ -136,6 +137,30 @@ def test_the_address_outlives_controller_and_supervisor_and_both_come_back(fleet
         "r1.g1": "serving",
         "r2.g1": "serving",
     }
+
+
+def test_a_controller_that_dies_is_started_again_without_anybody_looking(fleet):
+    fleet.spec["replicas"] = 1
+    assert fleet.up() == 0
+    first = fleet.driver().pid
+    os.kill(first, signal.SIGKILL)
+    assert eventually(lambda: is_driven(fleet.paths) and fleet.driver().pid != first, 20)
+    assert eventually(lambda: fleet.status()["phase"] == "serving")
+    assert fleet.status()["run"] == 1
+    second = fleet.driver().pid
+    assert fleet.cli("down", "--fleet", fleet.name).returncode == 0
+    time.sleep(4)
+    assert fleet.driver().pid == second  # nobody brings back what is over
+
+
+def test_a_controller_that_does_not_stay_alive_is_started_ever_more_seldom():
+    starts: list[float] = []
+    for now in range(3600):
+        if is_due(starts, float(now)):
+            starts.append(float(now))
+    assert starts[:4] == [0.0, 5.0, 20.0, 80.0]
+    assert len(starts) < 20
+    assert is_due([0.0], 4000.0)
 
 
 def test_two_fleets_have_two_addresses_and_a_taken_port_is_named(fleet, tmp_path, cli):
