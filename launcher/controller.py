@@ -64,6 +64,7 @@ class Controller:
         self._ordered_to_end = False
         self._acted = False
         self._known: tuple[str, ...] = ()
+        self._leftover = ""
 
     def run(self) -> None:
         """Rounds until the run is over, or until we are told to end (the fleet goes on)."""
@@ -119,7 +120,7 @@ class Controller:
         self._remember_endpoint(executor, snapshot)
         executor.apply(plan, snapshot.now)
         if plan.finished:
-            traffic.stop()
+            self._leftover = traffic.stop()
         self._write_status(executor.record, snapshot, plan)
         self._acted = bool(plan.steps)
         return plan.finished
@@ -163,6 +164,7 @@ class Controller:
             waiting_for=plan.waiting_for,
             finished=plan.finished,
             known=self._known,
+            leftover=self._leftover,
         )
         last = self._last_status
         fresh = last is not None and status.updated_at - last.updated_at < STATUS_EVERY_S

@@ -70,6 +70,7 @@ class Status(Document):
     cordoned: list[CordonStatus] = Field(default_factory=list)
     waiting_for: list[str]
     error: StatusError | None = None
+    leftover: str = ""  # what of the gateway did not end
     controller: str = "running"
     updated_at: float
     finished: bool = False
@@ -95,6 +96,7 @@ def make_status(
     waiting_for: tuple[str, ...],
     finished: bool,
     known: tuple[str, ...] = (),
+    leftover: str = "",
 ) -> Status:
     replicas = [_replica(record.replicas[name], view) for name, view in snapshot.replicas.items()]
     failures = [r.failure for r in record.replicas.values() if r.failure]
@@ -130,6 +132,7 @@ def make_status(
         ],
         waiting_for=waits,
         error=error,
+        leftover=leftover,
         updated_at=snapshot.now,
         finished=finished,
     )

@@ -84,13 +84,14 @@ class Traffic:
             told = {member.name: member.goal for member in given.members}
             self._journal.write("gateway", members=told, open=given.open)
 
-    def stop(self) -> None:
-        """End it, and wait: afterwards nothing of this fleet listens, or it is said what does."""
+    def stop(self) -> str:
+        """End it, and wait: afterwards nothing of this fleet listens; else what does, in words."""
         try:
             leftover = self._gateway.stop(self._spec.limits.drain + STOPS_WITHIN_S)
         except (FleetError, OSError) as error:
             leftover = str(error)
         self._journal.write("gateway", stopped=not leftover, leftover=leftover)
+        return leftover
 
     def _tend(self, record: RunRecord) -> None:
         if self._gateway.is_supervised():

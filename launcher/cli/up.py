@@ -67,6 +67,8 @@ def down(paths: FleetPaths, *, as_json: bool) -> int:
     if as_json and status is not None:
         output.document(status.model_dump(mode="json"))
     output.say(f"{paths.root.name} is down")
+    if status and status.leftover:
+        output.say(f"  not ended: {status.leftover}")
     for replica in status.replicas if status else []:
         if replica.leftover:
             output.say(f"  not cleaned: {replica.leftover}")
