@@ -298,6 +298,19 @@ def down(file: SpecFile = None, fleet: FleetOption = None, as_json: Json = False
     _watched(lambda: command.down(_find(file, fleet), as_json=as_json))
 
 
+@app.command()
+def support(
+    file: SpecFile = None,
+    fleet: FleetOption = None,
+    out: Annotated[Path | None, typer.Option(help="Where the archive goes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Pack logs, documents, journal and versions into one archive, without any secret."""
+    from launcher.cli import support as command
+
+    raise typer.Exit(command.support(_find(file, fleet), out, as_json=as_json))
+
+
 gateway_app = typer.Typer(help="The fleet's one address: its state, its keys, its restart.")
 app.add_typer(gateway_app, name="gateway", no_args_is_help=True)
 key_app = typer.Typer(help="Who may ask: keys by name, added and revoked at run time.")

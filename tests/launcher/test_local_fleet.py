@@ -339,3 +339,30 @@ def test_events_tell_what_was_done_and_why(fleet):
         assert words in told, told
     rows = fleet.cli("events", "--fleet", fleet.name, "--json", "--limit", "3").stdout.splitlines()
     assert [set(json.loads(row)) >= {"at", "event"} for row in rows] == [True] * 3
+
+
+def test_an_archive_for_a_report_has_the_logs_and_no_secret(fleet, tmp_path):
+    import tarfile
+
+    fleet.up()
+    key = (fleet.state / fleet.name / "secrets/api_key").read_text().strip()
+    log = next((fleet.state / fleet.name / "runs/1/r1.a1/nodes/n1/logs").iterdir())
+    with log.open("a") as file:
+        file.write(f"an engine that tells its key: {key}\n")
+    out = tmp_path / "report.tar.gz"
+    made = fleet.cli("support", "--fleet", fleet.name, "--out", str(out), "--json")
+    assert json.loads(made.stdout)["problems"] == []
+    assert out.stat().st_mode & 0o777 == 0o600
+    secrets = [
+        file.read_bytes().strip()
+        for file in (fleet.state / fleet.name / "secrets").iterdir()
+        if file.is_file()
+    ]
+    with tarfile.open(out) as archive:
+        names = set(archive.getnames())
+        texts = {name: archive.extractfile(name).read() for name in names}
+    assert {"status.json", "gateway/state.json", "runs/1/journal.ndjson", "versions.json"} <= names
+    assert any(name.endswith(f"logs/{log.name}") for name in names)
+    assert not [name for name in names if "secrets" in name or "keys" in name]
+    assert not [name for name, text in texts.items() if any(s in text for s in secrets)]
+    assert any(b"<secret api_key>" in text for text in texts.values())
