@@ -11,7 +11,7 @@ from launcher.gateway.events import error_body
 
 # What a client may send before it is answered; larger bodies pass on unbuffered, and are kept in
 # the tier. HAProxy can repeat what fits here when a tier process dies.
-BUFFER_BYTES = 65_536
+BUFFER_BYTES = 16_384
 HEADER_TIMEOUT_S = 10
 KEEP_ALIVE_S = 60
 # Segments of harmless letters that do not begin with a dot: no way up, no empty one, nothing that
@@ -99,7 +99,7 @@ key=%[var(txn.key)] end=%tsc bytes=%U ms=%Ta %HM %{{+Q}}HP"
 {refuse("method", 405, "GET and POST are served here", "!{ method GET POST }")}
 {refuse("upgrade", 400, "no upgrade is served here", "{ req.hdr_cnt(upgrade) gt 0 }")}
   http-request set-var(txn.key) \
-req.hdr(authorization),regsub(^bearer\\ +,,i),sha2(256),hex,lower,map_str({places.keys_map})
+req.hdr(authorization),word(2,\\ ),sha2(256),hex,lower,map_str({places.keys_map})
 {refuse("key", 401, "the API key is missing or not valid", "!{ var(txn.key) -m found }")}
 {
         refuse(
