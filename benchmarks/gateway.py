@@ -22,14 +22,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import psutil  # noqa: E402
-import uvloop  # noqa: E402
+import psutil
+import uvloop
 
-from benchmarks import gateway_peers  # noqa: E402
-from benchmarks.gateway_load import Outcome, closed_loop, open_loop  # noqa: E402
-from benchmarks.gateway_peers import PEERS, Both, Peer  # noqa: E402
-from launcher.gateway.members import in_flight  # noqa: E402
-from tests.gateway.engines import Engine  # noqa: E402
+from benchmarks import gateway_peers
+from benchmarks.gateway_load import Outcome, closed_loop, open_loop
+from benchmarks.gateway_peers import PEERS, Both, Peer
+from launcher.gateway.members import in_flight
+from tests.gateway.engines import Engine
 
 VERDICT_AFTER_S = 3.0
 PATIENCE_S = 8.0

@@ -15,18 +15,26 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gateway_load import KEY  # noqa: E402
-from launcher.files import write_document  # noqa: E402
-from launcher.gateway import haproxy, keyring  # noqa: E402
-from launcher.gateway.documents import Keys, Member, Orders, Settings  # noqa: E402
-from launcher.gateway.door import Gateway  # noqa: E402
-from launcher.gateway.front import FrontPlaces, render  # noqa: E402
-from launcher.gateway.members import with_slots  # noqa: E402
-from launcher.gateway.places import GatewayPaths  # noqa: E402
-from tests.gateway.engines import Engine, free_port  # noqa: E402
+from benchmarks.gateway_load import KEY
+from launcher.files import write_document
+from launcher.gateway import haproxy, keyring
+from launcher.gateway.documents import Keys, Member, Orders, Settings
+from launcher.gateway.door import Gateway
+from launcher.gateway.front import FrontPlaces, render
+from launcher.gateway.members import with_slots
+from launcher.gateway.places import GatewayPaths
+from tests.gateway.engines import Engine, free_port
 
 ROUTERS = ROOT / ".venv/peers-router"
 LITELLM = ROOT / ".venv/peers-litellm"
+# Both routers are of one family, and have the same settings.
+ROUTER_SETTINGS = (
+    *("--health-check-interval-secs", "1", "--health-check-timeout-secs", "1"),
+    *("--health-failure-threshold", "2", "--health-success-threshold", "1"),
+    *("--retry-max-retries", "3", "--cb-failure-threshold", "3"),
+    *("--cb-timeout-duration-secs", "5", "--request-timeout-secs", "3600"),
+    *("--log-level", "error"),
+)
 PACKAGES = {ROUTERS: ["vllm-router==0.1.17", "smg==1.13.0"], LITELLM: ["litellm[proxy]<1.109"]}
 
 
@@ -225,11 +233,7 @@ class VllmRouter(Peer):
             str(ROUTERS / "bin/vllm-router"),
             *("--host", "127.0.0.1", "--port", str(self.port), "--policy", "power_of_two"),
             *("--worker-urls", *(engine.url for engine in self.engines)),
-            *("--health-check-interval-secs", "1", "--health-check-timeout-secs", "1"),
-            *("--health-failure-threshold", "2", "--health-success-threshold", "1"),
-            *("--retry-max-retries", "3", "--cb-failure-threshold", "3"),
-            *("--cb-timeout-duration-secs", "5", "--request-timeout-secs", "3600"),
-            *("--log-level", "error", "--prometheus-port", str(free_port())),
+            *(*ROUTER_SETTINGS, "--prometheus-port", str(free_port())),
         )
         self.wait()
 
@@ -243,11 +247,7 @@ class Smg(Peer):
             *("launch", "--host", "127.0.0.1", "--port", str(self.port)),
             *("--policy", "power_of_two", "--api-key", KEY),
             *("--worker-urls", *(engine.url for engine in self.engines)),
-            *("--health-check-interval-secs", "1", "--health-check-timeout-secs", "1"),
-            *("--health-failure-threshold", "2", "--health-success-threshold", "1"),
-            *("--retry-max-retries", "3", "--cb-failure-threshold", "3"),
-            *("--cb-timeout-duration-secs", "5", "--request-timeout-secs", "3600"),
-            *("--log-level", "error", "--prometheus-port", str(free_port())),
+            *(*ROUTER_SETTINGS, "--prometheus-port", str(free_port())),
         )
         self.wait()
 

@@ -24,9 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launcher.agent.checks import PASSIVE_EVERY_S  # noqa: E402
-from launcher.backends.ssh import INSTALL_FOLDER  # noqa: E402
-from tests.cluster import bed, hardware  # noqa: E402
+from launcher.agent.checks import PASSIVE_EVERY_S
+from launcher.backends.ssh import INSTALL_FOLDER
+from tests.cluster import bed, hardware
 
 FAN_OUT = 32
 LOOKS = 20

@@ -18,7 +18,9 @@ def make_private(folder: Path) -> Path:
     """Make a folder that only its owner can enter; an existing one must be ours."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
+        # A link in its place (in /tmp) may be another user's, who wants our files elsewhere.
+        me = os.getuid()
+        if folder.stat().st_uid != me or folder.lstat().st_uid not in (me, 0):
             raise StateError(
                 "belongs to another user",
                 where=str(folder),

@@ -1,5 +1,6 @@
 """One archive for a report: documents, journal, logs, versions; no secret is in it. I/O."""
 
+import contextlib
 import io
 import json
 import os
@@ -40,13 +41,26 @@ def write(paths: FleetPaths, run: int, out: Path) -> list[str]:
             _add(archive, "versions.json", _versions(), {})
             for path in _documents(paths, run):
                 name = str(path.relative_to(paths.root))
-                _add(archive, name, read_tail(path, FILE_MAX_BYTES).encode(), secrets)
-            problems += _add_logs(archive, paths, run, secrets)
+                _add(archive, name, _end_of(path), secrets)
+            try:
+                problems += _add_logs(archive, paths, run, secrets)
+            except FleetError as error:  # an archive without them is better than none
+                problems.append(str(error))
         scratch.replace(out)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise StateError(f"cannot be written: {error.strerror}", where=str(out)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
     return problems
+
+
+def _end_of(path: Path) -> bytes:
+    """The end of a file, from the beginning of a line: half a secret would not be known as one."""
+    text = read_tail(path, FILE_MAX_BYTES).encode()
+    if len(text) < FILE_MAX_BYTES:
+        return text
+    return text.partition(b"\n")[2]
 
 
 def _documents(paths: FleetPaths, run: int) -> Iterator[Path]:
@@ -81,6 +95,7 @@ def _add_logs(
                 try:
                     for name in backend.logs(allocation, node):
                         text = backend.read_log(allocation, node, name, -FILE_MAX_BYTES)
+                        text = text.partition(b"\n")[2] if len(text) == FILE_MAX_BYTES else text
                         _add(archive, f"nodes/{replica.name}/{node}/{name}", text, secrets)
                 except FleetError as error:
                     problems.append(f"{node}: {error}")

@@ -1,6 +1,5 @@
 """The controller's hold on the gateway: started in time, fed each round, ended last. I/O."""
 
-import logging
 import socket
 import time
 from pathlib import Path
@@ -20,8 +19,6 @@ from launcher.spec import FleetSpec
 PORTS = (8080, 8179)
 RETRY_S = (1.0, 2.0, 5.0, 15.0, 30.0)
 STOPS_WITHIN_S = 15.0
-
-log = logging.getLogger("launcher.controller")
 
 
 class Traffic:

@@ -344,12 +344,16 @@ def key_add(
     waiting: Annotated[
         int | None, typer.Option("--waiting", min=1, help="How many requests may wait at once.")
     ] = None,
+    stdin: Annotated[
+        bool, typer.Option("--stdin", help="Take the key from the first line of stdin.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a key and print it, this once; or take the line that stdin has."""
+    """Make a key and print it, this once."""
     from launcher.cli import gateway as command
 
-    raise typer.Exit(command.add_key(_find(file, fleet), name, waiting, as_json=as_json))
+    paths = _find(file, fleet)
+    raise typer.Exit(command.add_key(paths, name, waiting, from_stdin=stdin, as_json=as_json))
 
 
 @key_app.command("revoke")

@@ -49,16 +49,19 @@ def restart(paths: FleetPaths) -> int:
     )
 
 
-def add_key(paths: FleetPaths, name: str, waiting_max: int | None, *, as_json: bool) -> int:
+def add_key(
+    paths: FleetPaths, name: str, waiting_max: int | None, *, from_stdin: bool, as_json: bool
+) -> int:
     """Make a key and show it once; afterwards only its hash is known."""
     gateway = Gateway(paths.gateway)
     secret = f"sk-{secrets.token_urlsafe(32)}"
-    if not sys.stdin.isatty():
-        given = sys.stdin.readline().strip()
-        secret = given or secret
+    if from_stdin:
+        secret = sys.stdin.readline().strip()
     if len(secret) < 16 or not secret.isprintable() or " " in secret:
         raise UsageError(
-            "a key has at least 16 printable letters", where="stdin", hint="Or give none."
+            "a key has at least 16 printable letters",
+            where="stdin",
+            hint="Leave --stdin out, and one is made.",
         )
     now = time.time()
     gateway.change_keys(lambda keys: keyring.added(keys, name, secret, now, waiting_max))

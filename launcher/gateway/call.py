@@ -1,6 +1,7 @@
 """One request as it waits: who asks, what for, how long, and what the client has of the answer."""
 
 import asyncio
+import contextlib
 import json
 import time
 
@@ -108,10 +109,11 @@ class Call:
             }
         )
         response.enable_chunked_encoding()
-        async with self._writing:
-            await response.prepare(self.request)
-            self.response = response
-        while True:
+        with contextlib.suppress(ConnectionError):  # who reads them has left
             async with self._writing:
-                await response.write(events.COMMENT)
-            await asyncio.sleep(COMMENT_AFTER_S)
+                await response.prepare(self.request)
+                self.response = response
+            while True:
+                async with self._writing:
+                    await response.write(events.COMMENT)
+                await asyncio.sleep(COMMENT_AFTER_S)

@@ -51,7 +51,7 @@ class Continuation:
         for name, value in document.items():
             if name in _KEPT | _PROMPT | _HANDLED:
                 continue
-            if name not in _NEUTRAL or value not in _NEUTRAL[name]:
+            if not _is_neutral(name, value):
                 return None
         if path == _PLAIN and not _is_one_prompt(document.get("prompt")):
             return None
@@ -144,6 +144,13 @@ class Continuation:
             "completion_tokens": made,
             "total_tokens": len(self._prompt) + made,
         }
+
+
+def _is_neutral(name: str, value: object) -> bool:
+    """Whether a key is written with the value that it has anyway. `logprobs: 0` is not False."""
+    if isinstance(value, bool) or value is None:
+        return any(value is one for one in _NEUTRAL.get(name, ()))
+    return any(value == one and not isinstance(one, bool) for one in _NEUTRAL.get(name, ()))
 
 
 def _is_one_prompt(prompt: object) -> bool:

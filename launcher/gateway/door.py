@@ -32,6 +32,7 @@ from launcher.gateway.processes import is_alive, open_log, tell
 STARTS_WITHIN_S = 20.0
 FRESH_S = 5.0
 SILENT_AFTER_S = 20.0
+DIES_WITHIN_S = 3.0
 
 
 class Gateway:
@@ -148,7 +149,9 @@ class Gateway:
         everyone = [owner.supervisor, owner.front, *owner.tier]
         for one in everyone:
             tell(one, signal.SIGKILL)
-        time.sleep(0.2)
+        limit = time.monotonic() + DIES_WITHIN_S
+        while any(is_alive(one) for one in everyone) and time.monotonic() < limit:
+            time.sleep(0.02)
         left = [str(one.pid) for one in everyone if one is not None and is_alive(one)]
         if left:
             return f"processes {', '.join(left)} of the gateway do not end"

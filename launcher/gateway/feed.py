@@ -4,7 +4,6 @@ A replica takes traffic once a token of it was seen, loses it before anything of
 frees its requests when it is dead. What cannot be seen now stays as it was ordered last.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from inventory import nodeset
@@ -12,7 +11,7 @@ from launcher.gateway.documents import Member, MemberGoal, Orders, State
 from launcher.gateway.members import in_flight, with_slots
 from launcher.record import ReplicaRecord, RunRecord
 from launcher.snapshot import ReplicaView, Snapshot
-from launcher.verdicts import endpoint_of, is_lost, replica_phase
+from launcher.verdicts import endpoint_of, node_phase, replica_phase
 
 
 @dataclass(frozen=True)
@@ -96,13 +95,9 @@ def _goal(replica: ReplicaRecord, view: ReplicaView, before: MemberGoal) -> Memb
     leader = view.nodes.get(replica.nodes[0]) if replica.nodes else None
     if leader is None or leader.report is None:
         return before  # a controller that has just begun has not seen it yet
-    if any(is_lost(node) or _has_failed(node.report) for node in view.nodes.values()):
+    if any(node_phase(node) in ("lost", "failed") for node in view.nodes.values()):
         return "dead"
     return "draining" if before == "serving" else before
-
-
-def _has_failed(report: object) -> bool:
-    return getattr(report, "phase", "") == "failed"
 
 
 def _is_coming(replica: ReplicaRecord, view: ReplicaView) -> bool:
@@ -115,10 +110,6 @@ def requests_at(state: State | None, replica: ReplicaRecord, revision: int) -> i
     """Requests that are under way at this replica; None: the gateway has not told yet."""
     if state is None or not state.processes:
         return None
-    if any(process.orders_revision < revision for process in _serving(state.processes)):
+    if any(one.orders_revision < revision for one in state.processes if not one.retiring):
         return None
     return in_flight(state, name_of(replica))
-
-
-def _serving(processes: Iterable[object]) -> list:  # type: ignore[type-arg]
-    return [process for process in processes if not getattr(process, "retiring", False)]

@@ -54,7 +54,6 @@ def render(settings: Settings, places: FrontPlaces, threads: int) -> str:
         f"  server t{index} unix@{_quoted(path)} check inter 1s fastinter 500ms fall 2 rise 1"
         for index, path in enumerate(places.tier_sockets)
     )
-    refuse = _refuse
     return f"""\
 # Made by launcher for the fleet {settings.fleet}; changes are overwritten.
 global
@@ -94,15 +93,15 @@ frontend api
   option http-buffer-request
   log-format "%t refused=%[var(txn.cause)] status=%ST client=%ci:%cp \
 key=%[var(txn.key)] end=%tsc bytes=%U ms=%Ta %HM %{{+Q}}HP"
-{refuse("path", 404, "only /v1/ is served here", f"!{{ path -m reg {_PATHS} }}")}
-{refuse("path", 404, "adapters are changed in the spec", "{ path_sub load_lora_adapter }")}
-{refuse("method", 405, "GET and POST are served here", "!{ method GET POST }")}
-{refuse("upgrade", 400, "no upgrade is served here", "{ req.hdr_cnt(upgrade) gt 0 }")}
+{_refuse("path", 404, "only /v1/ is served here", f"!{{ path -m reg {_PATHS} }}")}
+{_refuse("path", 404, "adapters are changed in the spec", "{ path_sub load_lora_adapter }")}
+{_refuse("method", 405, "GET and POST are served here", "!{ method GET POST }")}
+{_refuse("upgrade", 400, "no upgrade is served here", "{ req.hdr_cnt(upgrade) gt 0 }")}
   http-request set-var(txn.key) \
 req.hdr(authorization),word(2,\\ ),sha2(256),hex,lower,map_str({places.keys_map})
-{refuse("key", 401, "the API key is missing or not valid", "!{ var(txn.key) -m found }")}
+{_refuse("key", 401, "the API key is missing or not valid", "!{ var(txn.key) -m found }")}
 {
-        refuse(
+        _refuse(
             "body_size",
             413,
             f"the body is larger than {settings.body_max_bytes} bytes",

@@ -32,7 +32,7 @@ class Keeper:
         """Start the controller where it is wanted, missing, and not started too often. May wait
         for seconds when it ran on another host."""
         try:
-            if not self._is_wanted() or is_driven(self._paths):
+            if not self.is_wanted() or is_driven(self._paths):
                 self._missing_since = None
                 return
             now = time.monotonic()
@@ -47,7 +47,8 @@ class Keeper:
         except (FleetError, OSError) as error:
             log.error("the controller could not be looked after: %s", error)
 
-    def _is_wanted(self) -> bool:
+    def is_wanted(self) -> bool:
+        """Whether there is a run that is not over."""
         wish = read_wish(self._paths)
         if wish is None:
             return False

@@ -18,6 +18,7 @@ from launcher.files import read_document
 from launcher.gateway.choose import Seen, choose, may_come
 from launcher.gateway.counters import Counters
 from launcher.gateway.documents import Key, Keys, Member, Orders
+from launcher.gateway.upstream import OUR_LIMITS
 
 READ_EVERY_S = 0.1  # opened anew each time: close-to-open makes that fresh on NFS, too
 CHECK_EVERY_S = 1.0
@@ -219,8 +220,9 @@ async def _ask_health(standing: Standing) -> None:
         async with asyncio.timeout(CHECK_TIMEOUT_S):
             try:
                 reader, writer = await asyncio.open_connection(url.host, url.port)
-            except OSError:
-                standing.reachable = False
+            except OSError as error:
+                if error.errno not in OUR_LIMITS:
+                    standing.reachable = False
                 return
             standing.reachable = True
             try:

@@ -368,6 +368,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s gateway %(process)d %(message)s")
     paths = GatewayPaths(Path(sys.argv[1]))
     raise_descriptor_limit()
+    # The next order may name us before we have a handler for its signal: it waits for one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         settings = read_settings(paths)
         asyncio.run(Supervisor(paths, settings, renew="--renew" in sys.argv[2:]).run())

@@ -21,6 +21,8 @@ from launcher.gateway.refusal import Refusal
 
 CONNECT_TIMEOUT_S = 2.0
 HEADERS_MAX = 256
+# What this process or its host lacks: no word about the engine.
+OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
@@ -71,7 +73,7 @@ class Upstream(asyncio.Protocol):
         except TimeoutError:
             raise NotConnectedError(f"no connection within {CONNECT_TIMEOUT_S:.0f} s") from None
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            if error.errno in OUR_LIMITS:
                 raise Refusal(503, "descriptors", "the gateway is at its limit", 2) from error
             raise NotConnectedError(str(error)) from error
         return made

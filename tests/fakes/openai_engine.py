@@ -8,7 +8,7 @@ POST /fault {"kind": …, "ttft_s": …, "gap_s": …, "key": …} sets how it b
   none · hang (chat never answers, /health does) · error (500) · error_event · short (a body
   shorter than its length) · close (the stream ends cleanly in the middle) · reset (… by force)
   · dies (an error event in the middle, as vLLM's API server says that its engine is gone)
-GET /counts tells what it has seen: started, finished, aborted, running.
+GET /counts tells what it has seen: started, finished, aborted, running, tokens of streams.
 """
 
 import asyncio
@@ -40,7 +40,9 @@ class Behaviour:
         self.gap_s = 0.0
         self.key = ""
         self.model = "m"
-        self.counts = {"started": 0, "finished": 0, "aborted": 0, "running": 0, "health": 0}
+        self.counts = dict.fromkeys(
+            ("started", "finished", "aborted", "running", "health", "tokens"), 0
+        )
         self.seen: list[dict[str, object]] = []
 
 
@@ -199,6 +201,7 @@ class Connection(asyncio.Protocol):
                 if index == first:
                     head["prompt_token_ids"] = prompt if first else PROMPT_IDS
             self.event({**head, "choices": [choice]})
+            b.counts["tokens"] += 1
         if (asked.get("stream_options") or {}).get("include_usage"):
             made = count - first
             usage = {"prompt_tokens": 5 + first, "completion_tokens": made}

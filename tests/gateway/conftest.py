@@ -72,12 +72,15 @@ class TierUnderTest:
 
     def give_keys(self, *keys: Key) -> None:
         write_document(self.folder / "keys.json", Keys(keys=keys))
-        time.sleep(0.4)
+        self._ask("POST", "/look")  # it answers when it has looked
 
     def state(self) -> TierState:
-        path = self.run_folder / f"admin-{self.process.pid}.sock"
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
-            return TierState.model_validate_json(client.get("http://tier/state").content)
+        return TierState.model_validate_json(self._ask("GET", "/state"))
+
+    def _ask(self, method: str, path: str) -> bytes:
+        socket = self.run_folder / f"admin-{self.process.pid}.sock"
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket))) as client:
+            return client.request(method, f"http://tier{path}").content
 
     def log(self) -> str:
         return (self.folder / "tier.log").read_text()

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -209,5 +208,3 @@ def status(url: str, headers: dict[str, str], data: bytes | None = None) -> int:
         return int(urllib.request.urlopen(request, timeout=5).status)
     except urllib.error.HTTPError as error:
         return int(error.code)
-    finally:
-        time.sleep(0)

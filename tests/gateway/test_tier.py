@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from launcher.gateway.documents import Key, Member
-from tests.gateway.conftest import InBackground, chat
+from tests.gateway.conftest import Answer, InBackground, chat
 from tests.launcher.fleets import eventually
 
 
@@ -38,7 +38,6 @@ def test_a_request_without_a_token_goes_to_a_survivor(tier, engines, stream, fau
             victim.kill()
         else:
             victim.freeze()
-            time.sleep(0.5)
             one.give(members[0].model_copy(update={"goal": "dead"}), members[1])
         answers = [one_asked.result() for one_asked in asked]
     assert [answer.status for answer in answers] == [200] * 5
@@ -53,7 +52,7 @@ def test_a_begun_stream_ends_with_an_error_event_and_is_never_silently_short(tie
     one.give(*one.members(victim))
     with one.client() as client:
         asked = InBackground(lambda: chat(client, stream=True, max_tokens=50))
-        time.sleep(1)
+        assert eventually(lambda: victim.counts()["tokens"] >= 3)
         victim.kill()
         answer = asked.result()
     assert answer.tokens > 1
@@ -142,7 +141,8 @@ def test_a_request_of_the_only_replica_waits_for_the_verdict_and_its_successor(t
         assert eventually(lambda: victim.counts()["running"] == 1)
         victim.kill()
         assert eventually(lambda: one.state().holding == 1)
-        time.sleep(1)  # nothing has been said yet
+        time.sleep(1)  # nothing has been said yet, and it is still held
+        assert one.state().holding == 1
         one.give(expects=True)
         new = one.members(successor)[0].model_copy(update={"name": "r1.g2", "slot": 7})
         one.give(new)
@@ -157,7 +157,7 @@ def test_a_flapping_replica_gets_its_request_when_it_is_back(tier, engines):
     flapping.kill()
     with one.client() as client:
         asked = InBackground(lambda: chat(client, max_tokens=2))
-        time.sleep(1.5)
+        assert eventually(lambda: one.state().holding == 1)
         flapping.start()
         assert asked.result().status == 200
 
@@ -180,13 +180,22 @@ def test_a_waiting_stream_is_kept_alive_and_still_rescued(tier, engines):
     victim, survivor = engines(ttft_s=60), engines()
     members = one.members(victim, survivor)
     one.give(members[0])
+    lines: list[str] = []
+
+    def ask():
+        asked = {"model": "m", "messages": [], "stream": True, "max_tokens": 3}
+        with client.stream("POST", "/v1/chat/completions", json=asked) as response:
+            for line in response.iter_lines():
+                lines.append(line)
+            return response.status_code
+
     with one.client() as client:
-        asked = InBackground(lambda: chat(client, stream=True, max_tokens=3))
-        time.sleep(11)
+        asked = InBackground(ask)
+        assert eventually(lambda: lines[:1] == [": the request is waiting"])
         one.give(*members)
         victim.kill()
-        answer = asked.result()
-    assert answer.lines[0].startswith(":")
+        assert asked.result() == 200
+    answer = Answer(200, {}, lines, None)
     assert (answer.tokens, answer.error, answer.is_done) == (3, None, True)
 
 
@@ -330,10 +339,9 @@ def test_orders_that_make_no_sense_leave_the_last_good_ones(tier, engines):
     one = tier()
     one.give(*one.members(engines()))
     (one.folder / "orders.json").write_text('{"members": 7')
-    time.sleep(0.5)
+    assert eventually(lambda: "the last good one counts" in one.log())
     with one.client() as client:
         assert chat(client).status == 200
-    assert "the last good one counts" in one.log()
 
 
 def test_a_successor_takes_the_socket_while_streams_go_on(tier, engines):

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from launcher.gateway.door import Gateway
-from launcher.gateway.keeper import is_due
+from launcher.gateway.keeper import Keeper, is_due
 from launcher.paths import FleetPaths
 from launcher.wish import Driver, is_driven
 from tests.gateway.engines import Engine
@@ -111,23 +111,25 @@ def steady_load(fleet):
 def test_a_replica_that_dies_costs_no_request(fleet):
     fleet.spec["env"] = {"FAKE_ENGINE_DELAY_S": "0.3"}
     assert fleet.up() == 0
-    with steady_load(fleet):
-        time.sleep(1)
+    with steady_load(fleet) as answered:
+        assert eventually(lambda: len(answered) > 4)
         fleet.engines()[0].kill()
         assert eventually(lambda: fleet.status()["phase"] == "degraded")
         members = fleet.gateway.orders().members
         assert [member.goal for member in members].count("serving") == 1
-        time.sleep(1)
+        before = len(answered)
+        assert eventually(lambda: len(answered) > before + 4)
 
 
 def test_the_address_outlives_controller_and_supervisor_and_both_come_back(fleet):
     assert fleet.up() == 0
-    with steady_load(fleet):
+    with steady_load(fleet) as answered:
         supervisor = fleet.gateway.owner().supervisor.pid
         os.kill(fleet.driver().pid, signal.SIGKILL)
-        time.sleep(0.5)
         os.kill(supervisor, signal.SIGKILL)
-        time.sleep(1)
+        assert eventually(lambda: not fleet.gateway.is_supervised())
+        before = len(answered)
+        assert eventually(lambda: len(answered) > before + 20)
         assert fleet.up() == 0  # joins, and a new controller adopts what runs
         assert eventually(fleet.gateway.is_supervised)
         assert fleet.gateway.owner().supervisor.pid != supervisor
@@ -149,8 +151,9 @@ def test_a_controller_that_dies_is_started_again_without_anybody_looking(fleet):
     assert fleet.status()["run"] == 1
     second = fleet.driver().pid
     assert fleet.cli("down", "--fleet", fleet.name).returncode == 0
-    time.sleep(4)
-    assert fleet.driver().pid == second  # nobody brings back what is over
+    assert fleet.driver().pid == second
+    assert not fleet.gateway.is_supervised()  # nobody is left to bring back what is over
+    assert not Keeper(fleet.paths).is_wanted()
 
 
 def test_a_controller_that_does_not_stay_alive_is_started_ever_more_seldom():
