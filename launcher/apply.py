@@ -9,33 +9,36 @@ from launcher.errors import FleetError
 from launcher.files import make_private, write_document, write_text
 from launcher.journal import Journal
 from launcher.paths import RunPaths
-from launcher.record import Failure, ReplicaRecord, RunRecord
+from launcher.record import (
+    INCIDENTS_KEPT,
+    AllocationRecord,
+    Failure,
+    ReplicaRecord,
+    RunRecord,
+    Seat,
+)
 from launcher.steps import (
     Allocate,
     Assign,
     Down,
+    End,
     Fail,
+    Interrupt,
     Note,
+    Over,
     Pass,
     Plan,
     Quarantine,
     Release,
+    Revive,
+    Settle,
+    Sit,
     Step,
-    Swap,
 )
 
 RELEASE_TRIES = 2
-_BEGIN_AGAIN: dict[str, Any] = {
-    "intent": "none",
-    "nodes": (),
-    "running_at": None,
-    "stopping_at": None,
-    "release_tries": 0,
-    "slots_tried": 0,
-    "ranked_at": None,
-    "rehearses": False,
-    "assignments": {},
-}
+LOSSES_KEPT = 10
+ASK_AGAIN_S = 15.0  # after a backend refused to give nodes to a replica that has served
 
 
 class Executor:
@@ -51,7 +54,7 @@ class Executor:
     def apply(self, plan: Plan, now: float) -> None:
         stuck: set[str] = set()
         for step in plan.steps:
-            if step.replica in stuck:
+            if step.about in stuck:
                 continue
             if isinstance(step, Release):
                 self._release(step, now)
@@ -69,28 +72,31 @@ class Executor:
                     self._journal.write("failed", step=name, error=str(error))
                 self._failed_step = step
                 if isinstance(step, Allocate):
-                    failure = _failure_of(error, now)
-                    self._save(remember(self.record, Fail(step.replica, failure), now))
+                    self._save(refused(self.record, step, error, now))
                 else:
                     # Nothing was done: forget the intent, so that the next round tries again. A
                     # node that cannot be told to stop must not keep the others from being told.
                     self._save(before)
-                    if not (isinstance(step, Assign) and step.assignment.goal == "stopped"):
-                        stuck.add(step.replica)
+                    if not (isinstance(step, Assign) and step.assignment.goal != "rank"):
+                        stuck.add(step.about)
 
     def resume(self) -> None:
         """After a restart: write every assignment again that may not have been written."""
-        for replica in self.record.replicas.values():
-            if replica.released:
+        for held in self.record.allocations.values():
+            if held.released:
                 continue
-            for node, assignment in replica.assignments.items():
+            for node, assignment in held.assignments.items():
+                if node not in held.nodes:
+                    continue
+                seat = Seat(node=node, allocation=held.name)
                 try:
-                    self._act(Assign(replica.name, node, assignment))
+                    self._act(Assign(held.owner, seat, assignment))
                 except FleetError as error:
                     self._journal.write("failed", step="resume", node=node, error=str(error))
-            if replica.intent == "up" and not replica.assignments:
+            if held.ending_at is None and not held.assignments:
+                step = Allocate(held.owner, held.number, held.size, held.nodes, held.exclude)
                 try:
-                    self._act(Allocate(replica.name, replica.allocation, replica.nodes))
+                    self._act(step)
                 except FleetError as error:
                     self._journal.write("failed", step="resume", error=str(error))
 
@@ -100,45 +106,56 @@ class Executor:
         self._journal.write("endpoint", endpoint=endpoint)
 
     def _release(self, step: Release, now: float) -> None:
-        """The intent is in the record since Down or Fail; here the end is, once it is reached."""
-        self._journal.write("release", replica=step.replica, allocation=step.allocation)
+        """The intent is in the record since End; here the end is, once it is reached."""
+        again = step == self._failed_step
+        if not again:
+            self._journal.write("release", **_details(step))
         try:
             self._act(step)
         except FleetError as error:
-            tries = self.record.replicas[step.replica].release_tries + 1
-            self._journal.write("failed", step="release", error=str(error), tries=tries)
-            note = Note(step.replica, {"release_tries": tries, "leftover": str(error)})
-            self._save(remember(self.record, note, now))
-            if tries < RELEASE_TRIES:
+            held = self.record.allocations[step.allocation]
+            tries = held.release_tries + 1
+            if not again:
+                self._journal.write("failed", step="release", error=str(error), tries=tries)
+            self._failed_step = step
+            held = held.model_copy(update={"release_tries": tries})
+            leftovers = {**self.record.leftovers, step.allocation: str(error)}
+            self._save(
+                with_allocation(self.record, held).model_copy(update={"leftovers": leftovers})
+            )
+            if step.insists or tries < RELEASE_TRIES:
                 return
+        else:
+            rest = {k: v for k, v in self.record.leftovers.items() if k != step.allocation}
+            self._save(self.record.model_copy(update={"leftovers": rest}))
         self._save(remember(self.record, step, now))
 
     def _act(self, step: Step) -> None:
-        replica = self.record.replicas[step.replica]
-        allocation = self._ground.allocation(
-            self.record.run, replica, replica.allocation, replica.nodes
-        )
         backend = self._ground.backend
         match step:
             case Allocate():
-                self._write_rendered(replica)
-                backend.allocate(allocation)
-            case Assign(node=node, assignment=assignment):
-                backend.assign(allocation, node, assignment)
-            case Release():
-                backend.release(allocation)
+                held = self.record.allocations[step.allocation]
+                self._write_rendered(held)
+                backend.allocate(self._ground.allocation(self.record.run, held))
+            case Assign(seat=seat, assignment=assignment):
+                held = self.record.allocations[seat.allocation]
+                allocation = self._ground.allocation(self.record.run, held)
+                backend.assign(allocation, seat.node, assignment)
+            case Release(nodes=nodes, whole=whole):
+                held = self.record.allocations[step.allocation]
+                backend.release(
+                    self._ground.allocation(self.record.run, held), None if whole else nodes
+                )
             case Quarantine(cordon=cordon):
                 cordons.change(backend.kind, lambda ledger: ledger.with_cordon(cordon))
             case Pass(passed=passed):
                 cordons.change(backend.kind, lambda ledger: ledger.with_passed(passed))
-            case Fail() | Down() | Note() | Swap():
+            case _:
                 return
 
-    def _write_rendered(self, replica: ReplicaRecord) -> None:
-        folder = make_private(self._paths.rendered / f"{replica.name}.a{replica.allocation}")
-        scripts = self._ground.rendered(
-            self.record.run, replica, replica.allocation, replica.nodes
-        )
+    def _write_rendered(self, held: AllocationRecord) -> None:
+        folder = make_private(self._paths.rendered / held.name)
+        scripts = self._ground.rendered(self.record.run, held)
         for name, text in scripts.items():
             write_text(folder / name, text, mode=0o700)
 
@@ -150,44 +167,134 @@ class Executor:
 
 def remember(record: RunRecord, step: Step, now: float) -> RunRecord:
     """The record after the intent of this step. Pure."""
-    replica = record.replicas[step.replica]
-    changes: dict[str, Any]
     match step:
-        case Allocate(allocation=number, nodes=nodes, exclude=exclude):
-            changes = {
-                "intent": "up",
-                "allocation": number,
-                "nodes": nodes,
-                "exclude": exclude,
-                "requested_at": now,
-            }
-        case Assign(node=node, assignment=assignment):
-            changes = {"assignments": {**replica.assignments, node: assignment}}
-        case Fail(failure=failure):
-            began = replica.stopping_at or now
-            at = min(replica.failure.at, failure.at) if replica.failure else failure.at
-            failure = failure.model_copy(update={"at": at})
-            changes = {"intent": "down", "failure": failure, "stopping_at": began}
-        case Down():
-            changes = {"intent": "down", "stopping_at": now}
+        case Allocate():
+            return _with_new_allocation(record, step, now)
+        case Settle(allocation=name, nodes=nodes):
+            held = record.allocations[name]
+            changed = held.model_copy(update={"nodes": nodes or held.nodes, "running_at": now})
+            return with_allocation(record, changed)
+        case Assign(seat=seat, assignment=assignment):
+            held = record.allocations[seat.allocation]
+            orders = {**held.assignments, seat.node: assignment}
+            return with_allocation(record, held.model_copy(update={"assignments": orders}))
+        case End(allocation=name):
+            held = record.allocations[name]
+            return with_allocation(record, held.model_copy(update={"ending_at": now}))
         case Release():
-            # After a swap the replica begins again; its counters and its story go on.
-            changes = _BEGIN_AGAIN if replica.intent == "swap" else {"released": True}
-        case Swap(story=story):
-            changes = {
-                "intent": "swap",
-                "stopping_at": now,
-                "swaps": replica.swaps + 1,
-                "story": (*replica.story, story),
-            }
+            return _without_nodes(record, step)
         case Quarantine():
-            changes = {}
+            return record
+        case _:
+            replica = record.replicas[step.about]
+            after = replica.model_copy(update=_changes(replica, step, now))
+            replicas = {**record.replicas, replica.name: after}
+            return _with_loss(record, step, now).model_copy(update={"replicas": replicas})
+
+
+def _changes(replica: ReplicaRecord, step: Step, now: float) -> dict[str, Any]:
+    match step:
+        case Sit(seats=seats):
+            return {"seats": seats, "running_at": None}
+        case Interrupt(incident=incident, not_before=not_before, story=story):
+            asked = int(incident.code == "asked")
+            return {
+                "stopping_at": now,
+                "not_before": not_before,
+                "incidents": (*replica.incidents, incident)[-INCIDENTS_KEPT:],
+                "restarts_asked": replica.restarts_asked + asked,
+                "story": replica.told(story),
+            }
+        case Fail(failure=failure):
+            at = min(replica.failure.at, failure.at) if replica.failure else failure.at
+            return {
+                "intent": "down",
+                "failure": failure.model_copy(update={"at": at}),
+                "stopping_at": replica.stopping_at or now,
+            }
+        case Down():
+            return {"intent": "down", "stopping_at": now}
+        case Over():
+            return {"over": True}
+        case Revive():
+            fresh = ReplicaRecord(name=replica.name, slot=replica.slot, requested_at=now)
+            kept = {"generation": replica.generation, "served": replica.served}
+            return {
+                **dict(fresh),
+                **kept,
+                "restarts_asked": replica.restarts_asked + 1,
+                "story": replica.told("brought up again because a person asked for it"),
+            }
         case Pass():
-            changes = {"rehearses": False}
+            return {"rehearses": False}
         case Note(changes=changes):
-            pass
-    after = replica.model_copy(update=changes)
-    return record.model_copy(update={"replicas": {**record.replicas, replica.name: after}})
+            return changes
+        case _:
+            return {}
+
+
+def with_allocation(record: RunRecord, held: AllocationRecord) -> RunRecord:
+    return record.model_copy(update={"allocations": {**record.allocations, held.name: held}})
+
+
+def _with_new_allocation(record: RunRecord, step: Allocate, now: float) -> RunRecord:
+    held = AllocationRecord(
+        name=step.allocation,
+        owner=step.about,
+        number=step.number,
+        size=step.size,
+        nodes=step.nodes,
+        exclude=step.exclude,
+        requested_at=now,
+    )
+    counts = {**record.counts, step.about: step.number}
+    record = with_allocation(record, held).model_copy(update={"counts": counts})
+    replica = record.replicas.get(step.about)
+    if replica is None or replica.requested_at is not None:
+        return record
+    asked = replica.model_copy(update={"requested_at": now})
+    return record.model_copy(update={"replicas": {**record.replicas, asked.name: asked}})
+
+
+def _without_nodes(record: RunRecord, step: Release) -> RunRecord:
+    """An allocation that is over is forgotten once nobody sits in it, not even for the story."""
+    held = record.allocations[step.allocation]
+    if not step.whole:
+        rest = tuple(node for node in held.nodes if node not in step.nodes)
+        return with_allocation(record, held.model_copy(update={"nodes": rest}))
+    record = with_allocation(record, held.model_copy(update={"released": True}))
+    used = {seat.allocation for one in record.replicas.values() for seat in one.seats}
+    kept = {
+        name: one
+        for name, one in record.allocations.items()
+        if not one.released or name in used or name == step.allocation
+    }
+    return record.model_copy(update={"allocations": kept})
+
+
+def _with_loss(record: RunRecord, step: Step, now: float) -> RunRecord:
+    if not (isinstance(step, Interrupt) and step.incident.code == "node_lost"):
+        return record
+    node = step.incident.node
+    times = (*record.losses.get(node, ()), now)[-LOSSES_KEPT:]
+    return record.model_copy(update={"losses": {**record.losses, node: times}})
+
+
+def refused(record: RunRecord, step: Allocate, error: FleetError, now: float) -> RunRecord:
+    """The backend did not give nodes, or only some: what there is goes back. Who never served is
+    given up; others try again later."""
+    held = record.allocations[step.allocation].model_copy(update={"ending_at": now})
+    record = with_allocation(record, held)
+    replica = record.replicas.get(step.about)
+    if replica is None:
+        later = {"spares_not_before": now + ASK_AGAIN_S, "spares_problem": error.message}
+        return record.model_copy(update=later)
+    if not replica.served:
+        return remember(record, Fail(step.about, _failure_of(error, now)), now)
+    told = replica.told(f"no nodes: {error.message}")
+    story = told if replica.story[-1:] != told[-1:] else replica.story
+    changes = {"not_before": now + ASK_AGAIN_S, "story": story}
+    return remember(record, Note(step.about, changes), now)
 
 
 def _failure_of(error: FleetError, now: float) -> Failure:
@@ -202,32 +309,44 @@ def _failure_of(error: FleetError, now: float) -> Failure:
 
 
 def _details(step: Step) -> dict[str, object]:
+    """What the journal keeps of a step; `replica` is who it is about."""
+    about: dict[str, object] = {"replica": step.about}
     match step:
         case Allocate():
-            return {"replica": step.replica, "allocation": step.allocation, "nodes": step.nodes}
+            return {**about, "allocation": step.number, "nodes": step.nodes, "size": step.size}
+        case Settle():
+            return {**about, "allocation": step.allocation, "nodes": step.nodes}
         case Assign():
             member = step.assignment.member
-            generation = member.generation if member else None
             return {
-                "replica": step.replica,
-                "node": step.node,
+                **about,
+                "node": step.seat.node,
+                "allocation": step.seat.allocation,
                 "goal": step.assignment.goal,
                 "revision": step.assignment.revision,
-                "generation": generation,
+                "generation": member.generation if member else None,
             }
+        case Sit():
+            seats = [f"{seat.node} ({seat.allocation})" for seat in step.seats]
+            return {**about, "seats": seats, "story": step.story}
+        case Interrupt():
+            incident = step.incident
+            return {**about, "message": incident.message, "where": incident.node}
         case Fail():
             evidence: Evidence | None = step.failure.evidence
             return {
-                "replica": step.replica,
+                **about,
                 "message": step.failure.message,
                 "where": step.failure.where,
                 "evidence": evidence.model_dump() if evidence else None,
             }
+        case End():
+            return {**about, "allocation": step.allocation, "reason": step.reason}
+        case Release():
+            return {**about, "allocation": step.allocation, "nodes": step.nodes}
         case Note():
-            return {"replica": step.replica, **step.changes}
+            return {**about, **step.changes}
         case Quarantine():
-            return {"replica": step.replica, **step.cordon.model_dump()}
-        case Swap():
-            return {"replica": step.replica, "story": step.story}
+            return {**about, **step.cordon.model_dump()}
         case _:
-            return {"replica": step.replica}
+            return about

@@ -14,7 +14,7 @@ from launcher.errors import CapacityError, StateError
 from launcher.layout import choose_layout
 from launcher.model_folder import read_model_facts
 from launcher.paths import FleetPaths, state_root
-from launcher.record import ReplicaRecord
+from launcher.record import AllocationRecord
 from launcher.spec import FleetSpec
 from launcher.steps import Context
 
@@ -31,27 +31,21 @@ class Ground:
     context: Context
     paths: FleetPaths
 
-    def allocation(
-        self, run: int, replica: ReplicaRecord, number: int, nodes: tuple[str, ...]
-    ) -> Allocation:
+    def allocation(self, run: int, held: AllocationRecord) -> Allocation:
         """One allocation of this fleet, as every part describes it."""
-        chosen = replica.model_copy(update={"allocation": number, "nodes": nodes})
-        return make_allocation(self.paths, self.spec, run, chosen, self.backend.kind)
+        return make_allocation(self.paths, self.spec, run, held, self.backend.kind)
 
-    def rendered(
-        self, run: int, replica: ReplicaRecord, number: int, nodes: tuple[str, ...]
-    ) -> dict[str, str]:
+    def rendered(self, run: int, held: AllocationRecord) -> dict[str, str]:
         """Every script of one allocation, by file name: what `render` writes and what runs."""
-        allocation = self.allocation(run, replica, number, nodes)
-        return {**self.context.scripts, **self.backend.commands(allocation)}
+        return {**self.context.scripts, **self.backend.commands(self.allocation(run, held))}
 
 
 def make_allocation(
-    paths: FleetPaths, spec: FleetSpec, run: int, replica: ReplicaRecord, backend: str
+    paths: FleetPaths, spec: FleetSpec, run: int, held: AllocationRecord, backend: str
 ) -> Allocation:
-    """The present allocation of a replica: its folder, mark, agent configuration and secrets."""
-    base = paths.run(run).base(replica.name, replica.allocation)
-    seed = f"{os.getuid()}/{paths.root}/{run}/{replica.name}.a{replica.allocation}"
+    """An allocation with its folder, mark, agent configuration and secrets."""
+    base = paths.run(run).base(held.name)
+    seed = f"{os.getuid()}/{paths.root}/{run}/{held.name}"
     config = AgentConfig(
         fleet=spec.name,
         mark=hashlib.sha256(seed.encode()).hexdigest()[:16],
@@ -62,10 +56,11 @@ def make_allocation(
     return Allocation(
         fleet=spec.name,
         run=run,
-        replica=replica.name,
-        number=replica.allocation,
-        nodes=replica.nodes,
-        exclude=replica.exclude,
+        owner=held.owner,
+        number=held.number,
+        size=held.size,
+        nodes=held.nodes,
+        exclude=held.exclude,
         base=base,
         config=config,
         secrets={
@@ -89,14 +84,14 @@ def make_ground(spec: FleetSpec, paths: FleetPaths, *, check: bool) -> Ground:
     gpus = spec.gpus_per_node or min((node.gpus for node in pool.nodes if node.gpus), default=1)
     facts = read_model_facts(spec.model)
     layout = choose_layout(spec, gpus, facts)
-    wanted = spec.nodes * spec.replicas
+    wanted = spec.nodes * spec.replicas + spec.spares
     barred: set[str] = set()
     if check:  # a fleet that runs keeps its nodes, whoever was cordoned since
         barred = cordons.read(backend.kind).cordons.keys() & {node.name for node in pool.nodes}
     if len(pool.nodes) - len(barred) < wanted:
         told = f", {len(barred)} of them cordoned ({nodeset.fold(list(barred))})" if barred else ""
         raise CapacityError(
-            f"{spec.replicas} × {spec.nodes} nodes asked for, {pool.name} has "
+            f"{spec.replicas} × {spec.nodes} nodes{_and_spares(spec)} asked for, {pool.name} has "
             f"{len(pool.nodes)}{told}",
             where=f"backend.{backend.kind}",
             hint="Ask for fewer nodes or replicas, name another pool, or `launcher uncordon`.",
@@ -109,6 +104,7 @@ def make_ground(spec: FleetSpec, paths: FleetPaths, *, check: bool) -> Ground:
         user_id=os.getuid(),
         pool=() if backend.chooses_nodes else tuple(node.name for node in pool.nodes),
         known=tuple(node.name for node in pool.nodes),
+        places={node.name: (node.switch or "", node.rack or "") for node in pool.nodes},
         shares_machine=backend.shares_machine,
         gpus_per_node=gpus,
         secret_names=secret_names,
@@ -116,6 +112,10 @@ def make_ground(spec: FleetSpec, paths: FleetPaths, *, check: bool) -> Ground:
         weights_bytes=facts.weights_bytes,
     )
     return Ground(spec, backend, context, paths)
+
+
+def _and_spares(spec: FleetSpec) -> str:
+    return f" and {spec.spares} spare{'s' if spec.spares > 1 else ''}" if spec.spares else ""
 
 
 def read_secrets(folder: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ from launcher.files import make_private, read_document, write_document
 from launcher.journal import Journal
 from launcher.observe import Observer
 from launcher.paths import FleetPaths
-from launcher.plan import make_plan, new_record
+from launcher.planning import make_plan, new_record
 from launcher.pulse import Pulse
 from launcher.record import RunRecord
 from launcher.snapshot import Snapshot
@@ -109,10 +109,11 @@ class Controller:
             self.wish.desired,
             cordons.read(ground.backend.kind),
             traffic.look(executor.record),
+            self.wish.restarts,
         )
         traffic.give_orders(executor.record, snapshot)  # before anything is stopped
         plan = make_plan(ground.context, executor.record, snapshot)
-        problems = lint(ground.context, executor.record, plan, snapshot.ledger)
+        problems = lint(ground.context, executor.record, plan, snapshot)
         if problems:
             self.journal.write("refused", problems=problems)
             log.error("plan refused: %s", "; ".join(problems))
@@ -130,14 +131,12 @@ class Controller:
             return ACTED_TURN_S
         if self._last_status is not None and self._last_status.phase == "serving":
             return CALM_TURN_S
-        waiting = any(r.running_at and not r.ranked_at for r in record.replicas.values())
+        waiting = any(r.seats and not r.ranked_at and not r.over for r in record.replicas.values())
         return STARTING_TURN_S if waiting else BUSY_TURN_S
 
     def _allocations(self, ground: Ground, record: RunRecord) -> dict[str, Allocation]:
         return {
-            name: ground.allocation(record.run, replica, replica.allocation, replica.nodes)
-            for name, replica in record.replicas.items()
-            if replica.intent != "none"
+            name: ground.allocation(record.run, held) for name, held in record.allocations.items()
         }
 
     def _remember_endpoint(self, executor: Executor, snapshot: Snapshot) -> None:
@@ -148,7 +147,7 @@ class Controller:
         serving = (
             name
             for name, replica in executor.record.replicas.items()
-            if replica_phase(replica, snapshot.replicas[name]) == "serving"
+            if replica_phase(replica, snapshot) == "serving"
         )
         if any(gateway.requests.get(name) is not None for name in serving):
             executor.set_endpoint(gateway.address)

@@ -26,10 +26,10 @@ class Unfit:
         return device + self.finding.message
 
 
-def judge_set(facts: dict[str, NodeFacts], began_at: float, now: float) -> Unfit | None:
+def judge_set(facts: dict[str, NodeFacts], began_at: dict[str, float], now: float) -> Unfit | None:
     """The first reason against this set (node → what it found out), or None if it is fit.
 
-    The nodes looked at themselves between began_at and now, by our clock.
+    Each node looked at itself between its began_at and now, by our clock.
     """
     blamed = {node: found.unfit[0] for node, found in facts.items() if found.unfit}
     for node, finding in _wrong_clocks(facts, began_at, now).items():
@@ -51,14 +51,16 @@ def judge_set(facts: dict[str, NodeFacts], began_at: float, now: float) -> Unfit
     return None
 
 
-def _wrong_clocks(facts: dict[str, NodeFacts], began_at: float, now: float) -> dict[str, Finding]:
+def _wrong_clocks(
+    facts: dict[str, NodeFacts], began_at: dict[str, float], now: float
+) -> dict[str, Finding]:
     """Nodes whose clock is wrong; where all of them disagree with us, ours is."""
     limit_s = Thresholds().clock_offset_s_max
     wrong = {
         node: finding
         for node, found in facts.items()
         if found.taken_at
-        and (finding := clock_finding(found.taken_at, began_at, now, limit_s)) is not None
+        and (finding := clock_finding(found.taken_at, began_at[node], now, limit_s)) is not None
     }
     return wrong if len(wrong) < len(facts) else {}
 

@@ -1,14 +1,39 @@
 """One dated look at the world: allocations, reports, heartbeats. I/O; decides nothing."""
 
 import time
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, Protocol
 
 from inventory.ledger import Ledger
 from launcher.backends.base import Allocation, Backend, Seen
 from launcher.errors import FleetError
-from launcher.pulse import Pulse, Target
-from launcher.record import ReplicaRecord, RunRecord
-from launcher.snapshot import AllocationView, GatewayView, NodeView, ReplicaView, Snapshot
+from launcher.pulse import Contact, Target
+from launcher.record import AllocationRecord, RunRecord
+from launcher.snapshot import AllocationView, GatewayView, NodeView, Snapshot
+
+
+class Clock(Protocol):
+    """now: seconds since the epoch, for people. monotonic: for silence and deadlines."""
+
+    def now(self) -> float: ...
+
+    def monotonic(self) -> float: ...
+
+
+class Heartbeats(Protocol):
+    """Who asks the agents whether they live."""
+
+    def aim(self, targets: dict[str, Target]) -> None: ...
+
+    def contact(self, node: str) -> Contact: ...
+
+
+class RealClock:
+    def now(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
 
 
 class Observer:
@@ -18,9 +43,12 @@ class Observer:
     its phase) is not true of the next one.
     """
 
-    def __init__(self, backend: Backend, pulse: Pulse | None) -> None:
+    def __init__(
+        self, backend: Backend, pulse: Heartbeats | None, clock: Clock | None = None
+    ) -> None:
         self._backend = backend
         self._pulse = pulse
+        self._clock = clock or RealClock()
         self._beats: dict[tuple[str, str], tuple[int, float]] = {}
         self._last_seen: dict[tuple[str, str], Seen] = {}
 
@@ -31,56 +59,61 @@ class Observer:
         desired: Literal["up", "down"],
         ledger: Ledger,
         gateway: GatewayView,
+        restarts: dict[str, int] | None = None,
     ) -> Snapshot:
-        """A snapshot with a view of every replica; what could not be seen is in it as unknown."""
-        views = {}
+        """A view of every allocation; what could not be seen is in it as unknown."""
         targets: dict[str, Target] = {}
-        for name, replica in record.replicas.items():
-            allocation = allocations.get(name)
-            if allocation is None or replica.intent == "none":
-                views[name] = ReplicaView(AllocationView("none"))
-                continue
-            views[name] = self._replica(replica, allocation, targets)
+        views = {
+            name: self._allocation(held, allocations[name], targets)
+            for name, held in record.allocations.items()
+        }
         if self._pulse:
             self._pulse.aim(targets)
         return Snapshot(
-            now=time.time(), desired=desired, replicas=views, ledger=ledger, gateway=gateway
+            now=self._clock.now(),
+            desired=desired,
+            allocations=views,
+            ledger=ledger,
+            gateway=gateway,
+            restarts=restarts or {},
         )
 
-    def _replica(
-        self, replica: ReplicaRecord, allocation: Allocation, targets: dict[str, Target]
-    ) -> ReplicaView:
-        if replica.released:
-            view = AllocationView("gone")
+    def _allocation(
+        self, held: AllocationRecord, allocation: Allocation, targets: dict[str, Target]
+    ) -> AllocationView:
+        if held.released:
+            view = AllocationView("gone", nodes=held.nodes)
+            seen = {node: self._last_seen.get((held.name, node), Seen()) for node in held.nodes}
         else:
-            try:
-                view = self._backend.observe(allocation)
-            except FleetError as error:
-                view = AllocationView("unknown", reason=str(error))
-        nodes = replica.nodes or view.nodes
-        if not replica.released and nodes:
-            try:
-                seen = self._backend.look(allocation, nodes)
-            except FleetError as error:
-                seen = {node: Seen(problem=str(error)) for node in nodes}
-        else:
-            seen = {node: self._last_seen.get((allocation.name, node), Seen()) for node in nodes}
-        return ReplicaView(
-            view,
-            {
-                node: self._node(replica, (allocation.name, node), seen[node], targets)
-                for node in nodes
-            },
-        )
+            view, seen = self._look(held, allocation)
+        agents = {
+            node: self._node(held, (held.name, node), one, targets) for node, one in seen.items()
+        }
+        return replace(view, agents=agents)
+
+    def _look(
+        self, held: AllocationRecord, allocation: Allocation
+    ) -> tuple[AllocationView, dict[str, Seen]]:
+        try:
+            view = self._backend.observe(allocation)
+        except FleetError as error:
+            view = AllocationView("unknown", reason=str(error))
+        nodes = held.nodes or view.nodes
+        if not nodes:
+            return view, {}
+        try:
+            return view, self._backend.look(allocation, nodes)
+        except FleetError as error:
+            return view, {node: Seen(problem=str(error)) for node in nodes}
 
     def _node(
         self,
-        replica: ReplicaRecord,
+        held: AllocationRecord,
         agent: tuple[str, str],
         seen: Seen,
         targets: dict[str, Target],
     ) -> NodeView:
-        now = time.monotonic()
+        now = self._clock.monotonic()
         node = agent[1]
         if seen.report is None and agent in self._last_seen:
             seen = Seen(self._last_seen[agent].report, seen.problem, seen.ended)
@@ -88,17 +121,19 @@ class Observer:
             self._last_seen[agent] = seen
         report = seen.report
         if report is None:
-            return NodeView(node, problem=seen.problem)
+            return NodeView(node, problem=seen.problem, reachable=not seen.problem)
         beat, since = self._beats.get(agent, (-1, now))
         if report.beat != beat:
             beat, since = report.beat, now
         self._beats[agent] = (beat, since)
-        targets[node] = Target(
-            tuple(address.ip for address in report.addresses),
-            report.heartbeat_port,
-            replica.revision_of(node),
-        )
-        contact = self._pulse.contact(node) if self._pulse else None
+        target = "/".join(agent)
+        if not held.released:
+            targets[target] = Target(
+                tuple(address.ip for address in report.addresses),
+                report.heartbeat_port,
+                held.revision_of(node),
+            )
+        contact = self._pulse.contact(target) if self._pulse else None
         silent = now - contact.answered_at if contact and contact.answered_at else None
         return NodeView(
             node=node,
@@ -108,4 +143,5 @@ class Observer:
             answers_at=contact.addresses if contact else (),
             problem=seen.problem,
             ended=seen.ended,
+            reachable=not seen.problem,
         )

@@ -93,8 +93,8 @@ class RunPaths:
     def rendered(self) -> Path:
         return self.root / "rendered"
 
-    def base(self, replica: str, allocation: int) -> BasePaths:
-        return BasePaths(self.root / f"{replica}.a{allocation}")
+    def base(self, allocation: str) -> BasePaths:
+        return BasePaths(self.root / allocation)
 
 
 @dataclass(frozen=True)

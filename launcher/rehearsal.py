@@ -4,13 +4,15 @@ It runs beside the engine's start, over the addresses and in the environment tha
 use, with the patterns of its layout. A set that passed within the hour is not asked again.
 """
 
+from collections.abc import Mapping
+
 from health.collective import rounds
 from health.collective.rounds import CollectiveVerdict, Order, Round, Told
 from health.thresholds import Thresholds
 from launcher.addresses import Choice
 from launcher.documents import Rehearsal, Report
 from launcher.record import ReplicaRecord
-from launcher.snapshot import ReplicaView, Snapshot
+from launcher.snapshot import NodeView, Snapshot
 from launcher.steps import Context
 
 ASSEMBLE_S, ROUND_S = 30.0, 5.0
@@ -53,12 +55,12 @@ def rehearsals(
 
 
 def verdict(
-    context: Context, replica: ReplicaRecord, view: ReplicaView, now: float
+    context: Context, replica: ReplicaRecord, views: Mapping[str, NodeView], now: float
 ) -> CollectiveVerdict | str | None:
     """What the answers mean; None while some are awaited, words where the check itself failed."""
     told: dict[str, Told] = {}
     for node in replica.nodes:
-        report = view.nodes[node].report if node in view.nodes else None
+        report = views[node].report if node in views else None
         member = report.member if report else None
         if member and member.generation == replica.generation and member.rehearsed is not None:
             told[node] = rounds.parse(member.rehearsed)

@@ -135,21 +135,22 @@ def _pyxis_words(spec: FleetSpec) -> list[str]:
 def sbatch_script(
     spec: FleetSpec,
     *,
-    replica: str,
-    allocation: int,
+    owner: str,
+    number: int,
+    size: int,
     base: str,
     python: str,
     gpus_per_node: int,
     mark: str,
     exclude: tuple[str, ...] = (),
 ) -> str:
-    """The batch script of one allocation job."""
+    """The batch script of one allocation job: a replica's, a spare's, or a top-up of either."""
     slurm = spec.backend.slurm or SlurmBackend()
-    name = f"{spec.name}.{replica}.a{allocation}"
+    name = f"{spec.name}.{owner}.a{number}"
     options = [
         f"--job-name={name}",
         f"--comment={mark}",  # by which we tell our job from another of the same name
-        f"--nodes={spec.nodes}",
+        f"--nodes={size}",
         "--ntasks-per-node=1",
         "--no-requeue",
         "--no-kill",
@@ -157,7 +158,9 @@ def sbatch_script(
         f"--signal=B:USR1@{SIGNAL_LEAD_S}",
         f"--output={_escaped_pattern(base)}/supervisor.log",
     ]
-    simple = ("partition", "account", "qos", "constraint", "reservation", "nodelist")
+    simple = ["partition", "account", "qos", "constraint", "reservation"]
+    # Slurm allocates all that is on this list: it is for whole replicas only.
+    simple += ["nodelist"] if size == spec.nodes and owner.startswith("r") else []
     options += [f"--{key}={value}" for key in simple if (value := getattr(slurm, key))]
     barred = [*([slurm.exclude] if slurm.exclude else []), *exclude]
     options += [f"--exclude={','.join(barred)}"] if barred else []

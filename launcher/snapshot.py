@@ -1,24 +1,14 @@
 """What one round of observation saw, gaps included. Pure data."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from inventory.ledger import Ledger
 from launcher.documents import Report
+from launcher.record import Seat
 
 AllocationState = Literal["none", "pending", "running", "gone", "unknown"]
-
-
-@dataclass(frozen=True)
-class AllocationView:
-    """What the backend says of one allocation. `unknown`: it did not answer; nothing is known."""
-
-    state: AllocationState
-    identity: str = ""
-    nodes: tuple[str, ...] = ()
-    reason: str = ""
-    expected_start: float | None = None
-    ends_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -32,12 +22,23 @@ class NodeView:
     answers_at: tuple[str, ...] = ()
     problem: str = ""
     ended: bool = False  # the backend knows that the agent's process is no more
+    reachable: bool = True  # whether its disk could be read now
 
 
 @dataclass(frozen=True)
-class ReplicaView:
-    allocation: AllocationView
-    nodes: dict[str, NodeView] = field(default_factory=dict)
+class AllocationView:
+    """What the backend says of one allocation. `unknown`: it did not answer; nothing is known."""
+
+    state: AllocationState
+    identity: str = ""
+    nodes: tuple[str, ...] = ()
+    reason: str = ""
+    expected_start: float | None = None
+    ends_at: float | None = None
+    agents: dict[str, NodeView] = field(default_factory=dict)
+
+
+NOTHING = AllocationView("none")
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,23 @@ class GatewayView:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The world at `now` (seconds since the epoch, for people and deadlines of minutes)."""
+    """The world at `now` (seconds since the epoch, for people and deadlines of minutes).
+
+    restarts: how often a person has asked for each replica to be restarted, in this run.
+    """
 
     now: float
     desired: Literal["up", "down"]
-    replicas: dict[str, ReplicaView]
+    allocations: dict[str, AllocationView]
     ledger: Ledger = field(default_factory=Ledger)
     gateway: GatewayView = field(default_factory=GatewayView)
+    restarts: dict[str, int] = field(default_factory=dict)
+
+    def agent(self, seat: Seat) -> NodeView:
+        """What is known of this seat's agent; an empty view where nothing is."""
+        view = self.allocations.get(seat.allocation, NOTHING)
+        return view.agents.get(seat.node) or NodeView(seat.node)
+
+    def agents(self, seats: Iterable[Seat]) -> dict[str, NodeView]:
+        """By node, in the order of the seats."""
+        return {seat.node: self.agent(seat) for seat in seats}

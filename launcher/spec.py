@@ -152,6 +152,7 @@ class Limits(Section):
     start: Duration = 1800
     drain: Duration = 30
     orphan: Duration = 1800
+    restarts: Annotated[int, Field(ge=0, le=1000)] = 5  # in an hour; node losses are not counted
 
 
 class Tls(Section):
@@ -245,6 +246,8 @@ class FleetSpec(Section):
     revision: Word | None = None
     replicas: Annotated[int, Field(ge=1, le=1000)] = 1
     nodes: Annotated[int, Field(ge=1, le=512)] = 1
+    spares: Annotated[int, Field(ge=0, le=512)] = 0
+    reschedule: Literal["auto", "in_place", "top_up", "resubmit"] = "auto"
     gpus_per_node: Annotated[int, Field(ge=1, le=64)] | None = None
     parallelism: Literal["auto"] | Parallelism = "auto"
     executor: Literal["ray", "mp"] | None = None

@@ -6,8 +6,8 @@ from pydantic import BaseModel, Field
 
 from launcher.documents import Document
 from launcher.fitness import doubts
-from launcher.record import Failure, ReplicaRecord, RunRecord
-from launcher.snapshot import NodeView, ReplicaView, Snapshot
+from launcher.record import AllocationRecord, Failure, ReplicaRecord, RunRecord, Seat
+from launcher.snapshot import NOTHING, NodeView, Snapshot
 from launcher.verdicts import endpoint_of, is_lost, node_phase, replica_phase
 
 
@@ -35,6 +35,18 @@ class ReplicaStatus(BaseModel):
     failure: Failure | None = None
     leftover: str = ""
     story: list[str] = Field(default_factory=list)
+
+
+class SpareStatus(BaseModel):
+    """A node that serves nobody and is kept ready, or is on its way."""
+
+    name: str
+    node: str | None
+    phase: str
+    allocation: str = ""
+    allocation_ends_at: float | None = None
+    since: float | None = None
+    doubts: list[str] = Field(default_factory=list)
 
 
 class CordonStatus(BaseModel):
@@ -66,7 +78,7 @@ class Status(Document):
     model: str
     backend: str
     replicas: list[ReplicaStatus]
-    spares: list[str] = Field(default_factory=list)
+    spares: list[SpareStatus] = Field(default_factory=list)
     cordoned: list[CordonStatus] = Field(default_factory=list)
     waiting_for: list[str]
     error: StatusError | None = None
@@ -98,9 +110,10 @@ def make_status(
     known: tuple[str, ...] = (),
     leftover: str = "",
 ) -> Status:
-    replicas = [_replica(record.replicas[name], view) for name, view in snapshot.replicas.items()]
+    replicas = [_replica(replica, record, snapshot) for replica in record.replicas.values()]
     failures = [r.failure for r in record.replicas.values() if r.failure]
     first = min(failures, key=lambda failure: failure.at, default=None)
+    phases = [replica.phase for replica in replicas]
     error = None
     if first is not None:
         error = StatusError(
@@ -110,7 +123,8 @@ def make_status(
             hint=first.hint,
             exit_code=first.exit_code,
         )
-    phases = [replica.phase for replica in replicas]
+    elif snapshot.desired == "up":
+        error = _present_trouble(record, phases)
     waits = list(waiting_for)
     told_of_gateway = snapshot.gateway.problem or "to take requests"
     if snapshot.desired == "up" and "serving" in phases and not snapshot.gateway.is_up:
@@ -125,6 +139,7 @@ def make_status(
         model=model,
         backend=backend,
         replicas=replicas,
+        spares=_spares(record, snapshot),
         cordoned=[
             CordonStatus(node=held.node, kind=held.kind, reason=held.reason, at=held.at)
             for held in snapshot.ledger.cordons.values()
@@ -151,54 +166,107 @@ def _fleet_phase(
         return "serving"
     if serving:
         return "degraded"
-    return "failed" if "failed" in phases else "starting"
+    if "failed" in phases:
+        return "failed"
+    return "degraded" if endpoint else "starting"
 
 
-def _replica(record: ReplicaRecord, view: ReplicaView) -> ReplicaStatus:
-    phase = replica_phase(record, view)
+def _present_trouble(record: RunRecord, phases: list[str]) -> StatusError | None:
+    """Why a replica that served does not serve now, although it will again."""
+    for replica, phase in zip(record.replicas.values(), phases, strict=True):
+        last = replica.incidents[-1] if replica.incidents else None
+        if phase != "serving" and last is not None and last.code != "asked":
+            return StatusError(
+                code=last.code,
+                message=last.message,
+                where=f"node {last.node}" if last.node else replica.name,
+                hint=f"{replica.name} is brought up again; see what it waits for.",
+            )
+    return None
+
+
+def _replica(replica: ReplicaRecord, record: RunRecord, snapshot: Snapshot) -> ReplicaStatus:
+    phase = replica_phase(replica, snapshot)
     nodes = [
-        _node(record, rank, node, view.nodes.get(node)) for rank, node in enumerate(record.nodes)
+        _node(replica, rank, seat.node, snapshot.agent(seat))
+        for rank, seat in enumerate(replica.seats)
     ]
-    began = record.requested_at
+    began = replica.requested_at
     marks = {
-        "allocated": record.running_at,
-        "preflight": record.ranked_at,
-        "first_token": record.serving_at,
+        "allocated": replica.running_at,
+        "preflight": replica.ranked_at,
+        "first_token": replica.serving_at,
     }
     since = {
-        "serving": record.serving_at,
-        "joining": record.ranked_at,
-        "failed": record.failure.at if record.failure else None,
-    }.get(phase, record.requested_at)
+        "serving": replica.serving_at,
+        "joining": replica.ranked_at,
+        "failed": replica.failure.at if replica.failure else None,
+        "draining": replica.stopping_at,
+    }.get(phase, replica.requested_at)
+    names = list(dict.fromkeys(seat.allocation for seat in replica.seats)) or [
+        held.name for held in record.allocations.values() if held.owner == replica.name
+    ]
+    views = [snapshot.allocations.get(name, NOTHING) for name in names]
+    ends = [view.ends_at for view in views if view.ends_at]
+    starts = [view.expected_start for view in views if view.expected_start]
+    leftovers = [text for name, text in record.leftovers.items() if name in names]
     return ReplicaStatus(
-        name=record.name,
-        generation=record.generation,
+        name=replica.name,
+        generation=replica.generation,
         phase=phase,
-        endpoint=endpoint_of(record, view) if phase == "serving" else None,
+        endpoint=endpoint_of(replica, snapshot) if phase == "serving" else None,
         nodes=nodes,
-        allocation=view.allocation.identity,
-        allocation_ends_at=view.allocation.ends_at,
-        expected_start=view.allocation.expected_start,
+        allocation=", ".join(view.identity for view in views if view.identity),
+        allocation_ends_at=min(ends, default=None),
+        expected_start=max(starts, default=None),
         since=since,
         timings_s={
             name: round(at - began, 2) for name, at in marks.items() if at is not None and began
         },
-        failure=record.failure,
-        leftover=record.leftover,
-        story=list(record.story),
+        failure=replica.failure,
+        leftover="; ".join(leftovers),
+        story=list(replica.story),
     )
 
 
-def _node(record: ReplicaRecord, rank: int, node: str, view: NodeView | None) -> NodeStatus:
+def _spares(record: RunRecord, snapshot: Snapshot) -> list[SpareStatus]:
+    """Every agent that sits nowhere, and what was asked for as a spare and is not there yet."""
+    sitting = {seat for one in record.replicas.values() if not one.over for seat in one.seats}
+    found = []
+    for held in record.allocations.values():
+        if held.released or held.ending_at is not None:
+            continue
+        for node in held.nodes if held.running_at else ():
+            seat = Seat(node=node, allocation=held.name)
+            if seat not in sitting:
+                found.append(_spare(held, seat, snapshot))
+        if held.running_at is None and held.owner not in record.replicas:
+            found.append(SpareStatus(name=held.owner, node=None, phase="pending"))
+    return found
+
+
+def _spare(held: AllocationRecord, seat: Seat, snapshot: Snapshot) -> SpareStatus:
+    agent = snapshot.agent(seat)
+    report = agent.report
+    view = snapshot.allocations.get(held.name, NOTHING)
+    latest = (report.health or report.facts) if report else None
+    return SpareStatus(
+        name=held.owner,
+        node=seat.node,
+        phase=node_phase(agent),
+        allocation=view.identity,
+        allocation_ends_at=view.ends_at,
+        since=report.since if report else held.running_at,
+        doubts=doubts(latest) if latest else [],
+    )
+
+
+def _node(record: ReplicaRecord, rank: int, node: str, view: NodeView) -> NodeStatus:
     failure = record.failure
     accused = bool(failure and failure.code == "node_lost" and failure.where == f"node {node}")
-    if (
-        accused
-        and failure
-        and (view is None or view.report is None or is_lost(view) or record.released)
-    ):
+    if accused and failure and (view.report is None or is_lost(view) or record.over):
         return NodeStatus(node=node, rank=rank, phase="lost", lost_since=failure.at)
-    if view is None or view.report is None:
+    if view.report is None:
         return NodeStatus(node=node, rank=rank, phase="starting", waiting_for="its agent")
     report = view.report
     return NodeStatus(

@@ -6,7 +6,7 @@ from typing import Any
 from inventory.ledger import Cordon, Passed
 from launcher.documents import Assignment
 from launcher.layout import Layout
-from launcher.record import Failure
+from launcher.record import Failure, Incident, Seat
 from launcher.spec import FleetSpec
 
 
@@ -15,26 +15,59 @@ class Allocate:
     """Get agents onto nodes. `nodes` is empty where the backend chooses (Slurm), but for those
     in `exclude`."""
 
-    replica: str
-    allocation: int
+    about: str  # the replica or spare that they are for
+    number: int
+    size: int
     nodes: tuple[str, ...]
     exclude: tuple[str, ...] = ()
+
+    @property
+    def allocation(self) -> str:
+        return f"{self.about}.a{self.number}"
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Remember the nodes that an allocation was given."""
+
+    about: str
+    allocation: str
+    nodes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Assign:
     """Write one node's assignment.json."""
 
-    replica: str
-    node: str
+    about: str
+    seat: Seat
     assignment: Assignment
+
+
+@dataclass(frozen=True)
+class Sit:
+    """These are the replica's seats from now on; `story` tells the journal why they changed."""
+
+    about: str
+    seats: tuple[Seat, ...]
+    story: str = ""
+
+
+@dataclass(frozen=True)
+class Interrupt:
+    """The generation is over; end what is left of it, and bring the replica up again."""
+
+    about: str
+    incident: Incident
+    not_before: float
+    story: str
 
 
 @dataclass(frozen=True)
 class Fail:
     """Give the replica up: from here on it is only taken down."""
 
-    replica: str
+    about: str
     failure: Failure
 
 
@@ -42,22 +75,48 @@ class Fail:
 class Down:
     """Begin to end the replica as the user wished."""
 
-    replica: str
+    about: str
+
+
+@dataclass(frozen=True)
+class Over:
+    """The replica has ended; nobody waits for it any more."""
+
+    about: str
+
+
+@dataclass(frozen=True)
+class Revive:
+    """A person wants a replica again that was given up."""
+
+    about: str
+
+
+@dataclass(frozen=True)
+class End:
+    """Begin to give an allocation back."""
+
+    about: str
+    allocation: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class Release:
-    """Give the allocation back and sweep what it left."""
+    """Give nodes of an allocation back and sweep what is left there; all of them: it is over."""
 
-    replica: str
-    allocation: int
+    about: str
+    allocation: str
+    nodes: tuple[str, ...]
+    whole: bool
+    insists: bool = False  # try until it works, for the fleet goes on
 
 
 @dataclass(frozen=True)
 class Note:
     """Remember an observed fact about the replica (when it started, that it serves)."""
 
-    replica: str
+    about: str
     changes: dict[str, Any]
 
 
@@ -65,27 +124,34 @@ class Note:
 class Quarantine:
     """Let no new work onto this node, with the evidence."""
 
-    replica: str
+    about: str
     cordon: Cordon
-
-
-@dataclass(frozen=True)
-class Swap:
-    """Give the allocation back and begin again on other nodes; `story` says why."""
-
-    replica: str
-    story: str
 
 
 @dataclass(frozen=True)
 class Pass:
     """Remember that these nodes can talk with each other."""
 
-    replica: str
+    about: str
     passed: Passed
 
 
-Step = Pass | Allocate | Assign | Fail | Down | Release | Note | Quarantine | Swap
+Step = (
+    Allocate
+    | Settle
+    | Assign
+    | Sit
+    | Interrupt
+    | Fail
+    | Down
+    | Over
+    | Revive
+    | End
+    | Release
+    | Note
+    | Quarantine
+    | Pass
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +171,7 @@ class Context:
     user_id: int
     pool: tuple[str, ...] = ()  # empty: the backend chooses nodes
     known: tuple[str, ...] = ()  # every node that there is, also where the backend chooses
+    places: dict[str, tuple[str, ...]] = field(default_factory=dict)  # node → switch, rack
     shares_machine: bool = False
     gpus_per_node: int = 1
     secret_names: dict[str, str] = field(default_factory=dict)

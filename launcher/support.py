@@ -89,14 +89,14 @@ def _add_logs(
     problems = []
     backend: Backend = make_backend(spec, paths)
     try:
-        for replica in record.replicas.values():
-            allocation = make_allocation(paths, spec, run, replica, backend.kind)
-            for node in replica.nodes:
+        for held in record.allocations.values():
+            allocation = make_allocation(paths, spec, run, held, backend.kind)
+            for node in held.nodes:
                 try:
                     for name in backend.logs(allocation, node):
                         text = backend.read_log(allocation, node, name, -FILE_MAX_BYTES)
                         text = text.partition(b"\n")[2] if len(text) == FILE_MAX_BYTES else text
-                        _add(archive, f"nodes/{replica.name}/{node}/{name}", text, secrets)
+                        _add(archive, f"nodes/{held.name}/{node}/{name}", text, secrets)
                 except FleetError as error:
                     problems.append(f"{node}: {error}")
     finally:

@@ -151,8 +151,8 @@ class Traffic:
             return known.announced
         members = (
             assignment.member
-            for replica in record.replicas.values()
-            for assignment in replica.assignments.values()
+            for held in record.allocations.values()
+            for assignment in held.assignments.values()
         )
         for member in members:
             if member is None:

@@ -1,10 +1,11 @@
 """From reports to words: is a node lost, what phase is a replica in, who failed first. Pure."""
 
+from collections.abc import Mapping
 from typing import Literal
 
-from launcher.documents import Evidence
+from launcher.documents import Evidence, MemberReport
 from launcher.record import Failure, ReplicaRecord
-from launcher.snapshot import NodeView, ReplicaView
+from launcher.snapshot import NOTHING, NodeView, Snapshot
 
 # Where our heartbeats reach an agent, silence and no new beat in its report is loss; where they
 # never did (a laptop behind a jump host), only the report's beat counts, and takes longer.
@@ -46,34 +47,60 @@ def node_phase(view: NodeView) -> str:
     return "lost" if is_lost(view) else view.report.phase
 
 
-def replica_phase(record: ReplicaRecord, view: ReplicaView) -> ReplicaPhase:
+def is_dead(view: NodeView) -> bool:
+    """Whether the agent is no more while its machine can be reached: nothing will come of it."""
+    if view.ended:
+        return True
+    if view.report is not None and view.report.phase == "stopped":
+        return True
+    return is_lost(view) and view.reachable
+
+
+def is_seated(replica: ReplicaRecord, snapshot: Snapshot) -> bool:
+    """Whether every seat's agent lives in an allocation that is there."""
+    return all(
+        snapshot.allocations.get(seat.allocation, NOTHING).state in ("running", "unknown")
+        for seat in replica.seats
+    )
+
+
+def replica_phase(replica: ReplicaRecord, snapshot: Snapshot) -> ReplicaPhase:
     """A pure function of the record's intent, the nodes' reports and the endpoint."""
-    if record.failure and record.released:
+    if replica.failure and replica.over:
         return "failed"
-    if record.intent == "down":
-        return "stopped" if record.released else ("failed" if record.failure else "draining")
-    if record.intent == "none" or view.allocation.state in ("none", "pending"):
+    if replica.intent == "down":
+        return "stopped" if replica.over else ("failed" if replica.failure else "draining")
+    if replica.is_restarting:
+        return "draining"
+    if not replica.seats:
         return "pending"
-    phases = [node_phase(view.nodes[node]) for node in record.nodes if node in view.nodes]
-    if record.ranked_at is None:
-        return "starting" if not phases or "starting" in phases else "preflight"
-    leader = view.nodes.get(record.nodes[0]) if record.nodes else None
-    report = leader.report if leader else None
-    proven = report is not None and report.member is not None and report.member.first_token_at
-    ours = report is not None and report.assignment_revision == record.revision_of(record.nodes[0])
-    if proven and ours and "failed" not in phases and "lost" not in phases:
-        return "serving"
+    views = snapshot.agents(replica.seats)
+    phases = [node_phase(view) for view in views.values()]
+    if replica.ranked_at is None:
+        return "starting" if "starting" in phases else "preflight"
+    member = _member_of(views[replica.nodes[0]])
+    proven = member is not None and member.generation == replica.generation
+    if proven and member is not None and member.first_token_at and is_seated(replica, snapshot):
+        if not any(phase in ("failed", "lost", "stopped") for phase in phases):
+            return "serving"
     return "joining"
 
 
-def endpoint_of(record: ReplicaRecord, view: ReplicaView) -> str | None:
-    leader = view.nodes.get(record.nodes[0]) if record.nodes else None
-    if leader is None or leader.report is None or leader.report.member is None:
+def endpoint_of(replica: ReplicaRecord, snapshot: Snapshot) -> str | None:
+    """Where the leader's engine answers, as it reported itself."""
+    member = _member_of(snapshot.agent(replica.seats[0])) if replica.seats else None
+    if member is None or member.generation != replica.generation:
         return None
-    return leader.report.member.endpoint
+    return member.endpoint
 
 
-def first_failure(record: ReplicaRecord, view: ReplicaView, now: float) -> Failure | None:
+def _member_of(view: NodeView) -> MemberReport | None:
+    return view.report.member if view.report else None
+
+
+def first_failure(
+    replica: ReplicaRecord, views: Mapping[str, NodeView], now: float
+) -> Failure | None:
     """Who failed first, from all that is known now; None while nobody did.
 
     A member that says that it lost a peer accuses the peer: if the peer has evidence of its own,
@@ -82,28 +109,29 @@ def first_failure(record: ReplicaRecord, view: ReplicaView, now: float) -> Failu
     """
     evidences = {
         node: seen.report.evidence
-        for node, seen in view.nodes.items()
-        if seen.report and seen.report.evidence and node in record.nodes
+        for node, seen in views.items()
+        if seen.report
+        and seen.report.evidence
+        and (seen.report.member is None or seen.report.member.generation == replica.generation)
     }
     own = [evidence for evidence in evidences.values() if evidence.kind != "lost_peer"]
     accused = [evidence for evidence in evidences.values() if evidence.kind == "lost_peer"]
     for accusation in sorted(accused, key=lambda evidence: evidence.at):
-        peer = view.nodes.get(accusation.process)
+        peer = views.get(accusation.process)
         if accusation.process in evidences:
             continue
         if peer is None or is_silent(peer):
             return _lost(accusation.process, accusation.at, peer, accusation)
     if own:
         return _died(min(own, key=lambda evidence: evidence.at))
-    for node in record.nodes:
-        seen = view.nodes.get(node)
-        if seen is not None and is_lost(seen):
+    for node, seen in views.items():
+        if is_lost(seen):
             return _lost(
                 node, now - (seen.heartbeat_silent_s or seen.beat_silent_s or 0), seen, None
             )
     if accused:
         evidence = min(accused, key=lambda accusation: accusation.at)
-        return _lost(evidence.process, evidence.at, view.nodes.get(evidence.process), evidence)
+        return _lost(evidence.process, evidence.at, views.get(evidence.process), evidence)
     return None
 
 
@@ -111,6 +139,7 @@ def _died(evidence: Evidence) -> Failure:
     code, exit_code = {
         "deadline": ("deadline", 4),
         "preflight": ("preflight", 3),
+        "stall": ("stall", 1),
     }.get(evidence.kind, ("engine", 1))
     return Failure(
         code=code,

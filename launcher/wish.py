@@ -9,6 +9,8 @@ import sys
 import time
 from typing import Literal
 
+from pydantic import Field
+
 from launcher.documents import Document
 from launcher.errors import StateError
 from launcher.files import make_private, read_document, write_document
@@ -19,11 +21,12 @@ DRIVER_STALE_S = 10.0
 
 
 class Wish(Document):
-    """wish.json: this run, up or down."""
+    """wish.json: this run, up or down. restarts: how often each replica was asked to restart."""
 
     run: int
     desired: Literal["up", "down"]
     at: float
+    restarts: dict[str, int] = Field(default_factory=dict)
 
 
 class Driver(Document):
@@ -42,6 +45,14 @@ def read_wish(paths: FleetPaths) -> Wish | None:
 
 def write_wish(paths: FleetPaths, run: int, desired: Literal["up", "down"]) -> Wish:
     wish = Wish(run=run, desired=desired, at=time.time())
+    write_document(paths.wish, wish)
+    return wish
+
+
+def wish_restart(paths: FleetPaths, wish: Wish, replica: str) -> Wish:
+    """Ask for one more restart of this replica; the controller counts what it took up."""
+    restarts = {**wish.restarts, replica: wish.restarts.get(replica, 0) + 1}
+    wish = wish.model_copy(update={"restarts": restarts, "at": time.time()})
     write_document(paths.wish, wish)
     return wish
 

@@ -123,8 +123,8 @@ class Agent:
     def _take(self, new: Assignment) -> None:
         self.assignment = new
         self.heart.controller_heard_at = time.monotonic()  # a new order is a sign of life, too
-        if new.goal != "stopped":
-            self.evidence = None
+        if new.goal == "rank" or new.checks:
+            self.evidence = None  # kept while idle: it tells how the last generation ended
         if new.peers:
             self.heart.ask_reach(new.peers)
         if new.checks:
@@ -177,7 +177,7 @@ class Agent:
             self.lost_peer = None
 
     def _phase(self) -> NodePhase:
-        if self.evidence:
+        if self.evidence and (self.assignment is None or self.assignment.goal == "rank"):
             return "failed"
         if self.engine:
             if self.engine.is_stopping:
@@ -189,7 +189,8 @@ class Agent:
             return "starting"
         if self.watch.is_looking:
             return "preflight"
-        return "idle"
+        facts = self.watch.facts
+        return "warm" if facts and not facts.unfit else "idle"
 
     def _is_over(self) -> bool:
         if self.engine is not None:

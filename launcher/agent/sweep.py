@@ -20,7 +20,7 @@ GONE_WITHIN_S = 5.0
 
 
 def sweep(mark: str) -> int:
-    """Kill every process of this user whose mark starts with `mark/`; returns how many there were.
+    """Kill every process of this user whose mark is `mark` or lies below; returns how many.
 
     Shared-memory segments that they had mapped and the scratch folders they ran in go, too.
     """
@@ -34,7 +34,7 @@ def sweep(mark: str) -> int:
             environment = process.environ()
         except (psutil.Error, OSError):
             continue
-        if environment.get(MARK_VARIABLE, "").startswith(f"{mark}/"):
+        if _is_below(environment.get(MARK_VARIABLE, ""), mark):
             found.append(process)
     segments = segments_of(found)
     kill_all(found)
@@ -42,9 +42,13 @@ def sweep(mark: str) -> int:
     psutil.wait_procs(found, timeout=max(0.0, deadline - time.monotonic()))
     remove_segments(segments)
     for folder in scratch_root().glob(f"fl-{os.getuid()}-*"):
-        if _mark_of(folder).startswith(f"{mark}/"):
+        if _is_below(_mark_of(folder), mark):
             shutil.rmtree(folder, ignore_errors=True)
     return len(found)
+
+
+def _is_below(found: str, mark: str) -> bool:
+    return found == mark or found.startswith(f"{mark}/")
 
 
 def _mark_of(folder: Path) -> str:

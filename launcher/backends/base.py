@@ -13,12 +13,17 @@ LOG_READ_MAX_BYTES = 8 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Allocation:
-    """One allocation of one replica: enough to ask for it, find it again, and give it back."""
+    """One allocation: enough to ask for it, find it again, and give it back.
+
+    owner: the replica or spare that it is for. nodes: those that it holds, none before Slurm has
+    chosen `size` of them.
+    """
 
     fleet: str
     run: int
-    replica: str
+    owner: str
     number: int
+    size: int
     nodes: tuple[str, ...]
     base: BasePaths
     config: AgentConfig
@@ -27,7 +32,7 @@ class Allocation:
 
     @property
     def name(self) -> str:
-        return f"{self.fleet}.{self.replica}.a{self.number}"
+        return f"{self.fleet}.{self.owner}.a{self.number}"
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,11 @@ class Backend(Protocol):
     def assign(self, allocation: Allocation, node: str, assignment: Assignment) -> None:
         """Replace a node's assignment.json."""
 
-    def release(self, allocation: Allocation) -> None:
-        """Give the nodes back and remove what is left; harmless when repeated."""
+    def release(self, allocation: Allocation, nodes: tuple[str, ...] | None = None) -> None:
+        """Give the nodes back and remove what is left; harmless when repeated.
+
+        nodes: only these, where an allocation is more than one thing (never asked of Slurm).
+        """
 
     def logs(self, allocation: Allocation, node: str) -> list[str]:
         """The names of this node's logs."""

@@ -37,7 +37,7 @@ class LocalBackend(SharedFiles):
         self._spec = spec
 
     def check(self) -> None:
-        wanted = self._spec.nodes * self._spec.replicas
+        wanted = self._wanted()
         if wanted > NODES_MAX:
             raise CapacityError(
                 f"{wanted} nodes asked for, this machine plays {NODES_MAX} at most",
@@ -45,12 +45,15 @@ class LocalBackend(SharedFiles):
             )
 
     def pool(self) -> Pool:
-        wanted = self._spec.nodes * self._spec.replicas
+        wanted = self._wanted()
         from health.probes.gpu import count_gpus  # loads NVML, which most commands do not need
 
         gpus = self._spec.gpus_per_node or max(1, (count_gpus() or 0) // max(1, wanted))
         nodes = (Node(name=f"n{number}", gpus=gpus) for number in range(1, wanted + 1))
         return Pool(name="local", nodes=tuple(nodes))
+
+    def _wanted(self) -> int:
+        return self._spec.nodes * self._spec.replicas + self._spec.spares
 
     def commands(self, allocation: Allocation) -> dict[str, str]:
         lines = [quoting.line(_agent_command(allocation, node)) for node in allocation.nodes]
@@ -78,8 +81,9 @@ class LocalBackend(SharedFiles):
                 seen[node] = replace(one, ended=True, problem="its agent's process ended")
         return seen
 
-    def release(self, allocation: Allocation) -> None:
-        living = {node: _living_agent(allocation, node) for node in allocation.nodes}
+    def release(self, allocation: Allocation, nodes: tuple[str, ...] | None = None) -> None:
+        chosen = allocation.nodes if nodes is None else nodes
+        living = {node: _living_agent(allocation, node) for node in chosen}
         pids = [pid for pid in living.values() if pid is not None]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -92,8 +96,11 @@ class LocalBackend(SharedFiles):
             if stubborn is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(stubborn, signal.SIGKILL)
-        sweep(allocation.config.mark)
-        self.forget_secrets(allocation)
+        if nodes is None:
+            sweep(allocation.config.mark)
+            self.forget_secrets(allocation)
+        for node in nodes or ():
+            sweep(f"{allocation.config.mark}/{node}")
 
     def ask(self, questions: dict[str, Question], deadline_s: float) -> dict[str, Answer]:
         with ThreadPoolExecutor(len(questions) or 1) as pool:

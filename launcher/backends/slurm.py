@@ -115,7 +115,7 @@ class Slurm(SharedFiles):
             return AllocationView("running", label, job.nodes, ends_at=job.ends_at)
         return AllocationView("gone", label, job.nodes, reason=self._ending(allocation, job))
 
-    def release(self, allocation: Allocation) -> None:
+    def release(self, allocation: Allocation, nodes: tuple[str, ...] | None = None) -> None:
         job = self._job(allocation)
         if job is not None and job.state != "ended":
             jobs.cancel(job.identity)
@@ -137,8 +137,9 @@ class Slurm(SharedFiles):
         )
         return sbatch_script(
             self._spec,
-            replica=allocation.replica,
-            allocation=allocation.number,
+            owner=allocation.owner,
+            number=allocation.number,
+            size=allocation.size,
             base=str(allocation.base.root),
             python=sys.executable,
             gpus_per_node=gpus,

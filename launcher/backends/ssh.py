@@ -45,7 +45,7 @@ class SshHosts:
     def check(self) -> None:
         """Every host that the fleet would use first answers, and has our version."""
         pool = self.pool()
-        wanted = self._spec.nodes * self._spec.replicas
+        wanted = self._spec.nodes * self._spec.replicas + self._spec.spares
         if len(pool.nodes) < wanted:
             raise CapacityError(
                 f"{wanted} nodes asked for, pool {pool.name} has {len(pool.nodes)}",
@@ -158,7 +158,7 @@ class SshHosts:
         if isinstance(answer, RemoteError):
             raise answer
 
-    def release(self, allocation: Allocation) -> None:
+    def release(self, allocation: Allocation, nodes: tuple[str, ...] | None = None) -> None:
         """Keep the logs, sweep what is left, remove the folder. Hosts that are away are named."""
 
         def clean(host: Host) -> None:
@@ -168,7 +168,8 @@ class SshHosts:
             sweep = [_python(), "-m", "launcher.agent", "--sweep", allocation.config.mark]
             host.run(f"{_line(sweep)}; rm -rf -- {quoting.word(base)}")
 
-        answers = self.fleet().each(allocation.nodes, clean, START_DEADLINE_S)
+        chosen = allocation.nodes if nodes is None else nodes
+        answers = self.fleet().each(chosen, clean, START_DEADLINE_S)
         failed = [answer for answer in answers.values() if isinstance(answer, RemoteError)]
         if failed:
             raise failed[0]
@@ -273,7 +274,7 @@ def _line(arguments: list[str]) -> str:
 
 def _relative_base(allocation: Allocation, node: str) -> str:
     """Below the host's home, with the node's name, for homes may be shared between hosts."""
-    own = f"{allocation.run}.{allocation.replica}.a{allocation.number}"
+    own = f"{allocation.run}.{allocation.owner}.a{allocation.number}"
     return f".local/state/launcher/{allocation.fleet}/on-{node}/{own}"
 
 

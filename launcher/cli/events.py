@@ -72,10 +72,13 @@ def _assign(event: dict[str, Any]) -> str | None:
     return f"{node} is told to stop" if goal == "stopped" else None
 
 
+def _seats(event: dict[str, Any]) -> str | None:
+    seats = ", ".join(event.get("seats") or []) or "none"
+    return f"{event['story']}; seats: {seats}" if event.get("story") else None
+
+
 def _note(event: dict[str, Any]) -> str | None:
     told = [words for key, words in _MARKS.items() if event.get(key)]
-    if event.get("leftover"):
-        told.append(f"not cleaned: {event['leftover']}")
     return "; ".join(told) or None
 
 
@@ -90,6 +93,11 @@ def _gateway(event: dict[str, Any]) -> str | None:
     return None
 
 
+def _release(event: dict[str, Any]) -> str:
+    nodes = nodeset.fold(event.get("nodes") or [])
+    return f"{event.get('allocation')} is given back" + (f" ({nodes})" if nodes else "")
+
+
 def _because(reason: object) -> str:
     return f": {reason}" if reason else ""
 
@@ -102,10 +110,13 @@ _STORIES: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "gateway": _gateway,
     "endpoint": lambda event: f"the address is {event.get('endpoint')}",
     "fail": lambda event: f"given up: {event.get('where') or ''} {event.get('message')}".strip(),
-    "swap": lambda event: f"begins again on other nodes: {event.get('story')}",
+    "interrupt": lambda event: f"this generation ended: {event.get('message')}",
+    "sit": _seats,
+    "revive": lambda _: "is brought up again",
+    "end": lambda event: f"{event.get('allocation')} goes back: {event.get('reason')}",
     "quarantine": lambda event: f"{event.get('node')} is cordoned: {event.get('reason')}",
     "down": lambda _: "is to end",
-    "release": lambda event: f"gives allocation {event.get('allocation')} back",
+    "release": _release,
     "failed": lambda event: f"{event.get('step')} did not work: {event.get('error')}",
     "refused": lambda event: f"a plan was refused: {'; '.join(event.get('problems') or [])}",
 }

@@ -10,7 +10,7 @@ from launcher.cli import output
 from launcher.context import make_allocation
 from launcher.errors import FleetError, UsageError
 from launcher.paths import FleetPaths
-from launcher.record import ReplicaRecord, RunRecord
+from launcher.record import ReplicaRecord, RunRecord, Seat
 from launcher.status import Status
 from launcher.wish import read_record, read_wish
 
@@ -70,8 +70,6 @@ def _sources(
         raise UsageError(f"there is no replica {replica}", where="logs", hint=f"One of {known}.")
     sources = []
     for one in chosen:
-        if node is not None and node not in one.nodes:
-            continue
         sources += _of_replica(paths, record, one, backend, node)
     if not sources and node is not None:
         known = ", ".join(name for one in chosen for name in one.nodes)
@@ -86,18 +84,26 @@ def _of_replica(
     backend: Backend,
     node: str | None,
 ) -> list[_Source]:
-    allocation = make_allocation(
-        paths, fleets.spec_of(paths, record.run), record.run, one, backend.kind
-    )
+    """Where it sits now, then the allocations that were asked for it and serve it no more."""
+    spec = fleets.spec_of(paths, record.run)
+    own = [
+        Seat(node=name, allocation=held.name)
+        for held in record.allocations.values()
+        if held.owner == one.name
+        for name in held.nodes
+    ]
     found = []
-    for name in one.nodes:
-        if node in (None, name):
-            try:
-                files = backend.logs(allocation, name)
-            except FleetError as error:
-                output.say(f"{name}: {error}")
-                continue
-            found += [_Source(one.name, allocation, name, file) for file in files]
+    for seat in dict.fromkeys([*one.seats, *own]):
+        held = record.allocations.get(seat.allocation)
+        if held is None or node not in (None, seat.node):
+            continue
+        allocation = make_allocation(paths, spec, record.run, held, backend.kind)
+        try:
+            files = backend.logs(allocation, seat.node)
+        except FleetError as error:
+            output.say(f"{seat.node}: {error}")
+            continue
+        found += [_Source(one.name, allocation, seat.node, file) for file in files]
     return found
 
 

@@ -19,6 +19,11 @@ def fleet_screen(status: Status, now: float) -> str:
     if status.replicas:
         rows = [["REPLICA", "GEN", "PHASE", "NODES", "SINCE"]]
         rows += [_replica_row(replica, now) for replica in status.replicas]
+        rows += [
+            ["spare", "-", spare.phase, spare.node or "-", ago(spare.since, now)]
+            for spare in status.spares
+            if status.phase != "stopped"
+        ]
         lines.append(table(rows))
     lines += _events(status, now)
     if status.error:
@@ -46,6 +51,9 @@ def _events(status: Status, now: float) -> list[str]:
             for doubt in node.doubts if status.phase != "stopped" else ():
                 doubtful.setdefault(doubt, []).append(node.node)
         lines += [f"{replica.name}: {event}" for event in replica.story]
+    for spare in status.spares:
+        for doubt in spare.doubts if status.phase != "stopped" else ():
+            doubtful.setdefault(doubt, []).append(spare.node or spare.name)
     lines += [f"doubtful {nodeset.fold(names)}: {doubt}" for doubt, names in doubtful.items()]
     for held in status.cordoned:
         word = "quarantined" if held.kind == "quarantine" else "cordoned"

@@ -6,16 +6,16 @@ from typing import Any
 
 from inventory import nodeset
 from launcher import cordons, fleets
+from launcher.apply import remember
 from launcher.cli import output, screens
 from launcher.context import Ground, make_ground
 from launcher.errors import UsageError
 from launcher.files import make_private, write_text
 from launcher.paths import FleetPaths
-from launcher.plan import make_plan, new_record
-from launcher.record import ReplicaRecord
-from launcher.snapshot import AllocationView, ReplicaView, Snapshot
+from launcher.planning import make_plan, new_record
+from launcher.record import AllocationRecord
+from launcher.snapshot import Snapshot
 from launcher.specfile import check_model_folder, load
-from launcher.steps import Allocate
 from launcher.wish import is_driven, next_run, read_record, read_wish
 
 
@@ -52,9 +52,9 @@ def render(file: Path | None, flags: dict[str, Any], *, out: Path | None, as_jso
     """The scripts of every replica's allocation: the running one's, or those that come next."""
     ground = _ground(file, flags)
     scripts = {
-        f"{replica.name}.a{number}/{name}": text
-        for replica, number, nodes, run in _allocations(ground)
-        for name, text in ground.rendered(run, replica, number, nodes).items()
+        f"{held.name}/{name}": text
+        for held, run in _allocations(ground)
+        for name, text in ground.rendered(run, held).items()
     }
     if out is not None:
         for name, text in scripts.items():
@@ -130,24 +130,17 @@ def _ground(file: Path | None, flags: dict[str, Any]) -> Ground:
     return ground
 
 
-def _allocations(ground: Ground) -> list[tuple[ReplicaRecord, int, tuple[str, ...], int]]:
+def _allocations(ground: Ground) -> list[tuple[AllocationRecord, int]]:
     """The allocations of the running run, else those that the planner would ask for first."""
     paths = ground.paths
     wish = read_wish(paths)
     if wish and wish.desired == "up" and is_driven(paths):
         record = read_record(paths, wish.run)
         if record is not None:
-            return [
-                (replica, replica.allocation, replica.nodes, wish.run)
-                for replica in record.replicas.values()
-                if replica.intent != "none"
-            ]
+            return [(held, wish.run) for held in record.allocations.values() if not held.released]
     run = next_run(paths)
     record = new_record(ground.context, run, read_record(paths, run - 1), 0.0)
-    empty = {name: ReplicaView(AllocationView("none")) for name in record.replicas}
-    first = make_plan(ground.context, record, Snapshot(now=0.0, desired="up", replicas=empty))
-    return [
-        (record.replicas[step.replica], step.allocation, step.nodes, run)
-        for step in first.steps
-        if isinstance(step, Allocate)
-    ]
+    first = make_plan(ground.context, record, Snapshot(now=0.0, desired="up", allocations={}))
+    for step in first.steps:
+        record = remember(record, step, 0.0)
+    return [(held, run) for held in record.allocations.values()]

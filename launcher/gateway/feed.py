@@ -10,7 +10,7 @@ from inventory import nodeset
 from launcher.gateway.documents import Member, MemberGoal, Orders, State
 from launcher.gateway.members import in_flight, with_slots
 from launcher.record import ReplicaRecord, RunRecord
-from launcher.snapshot import ReplicaView, Snapshot
+from launcher.snapshot import NOTHING, Snapshot
 from launcher.verdicts import endpoint_of, node_phase, replica_phase
 
 
@@ -39,8 +39,7 @@ def orders(
     held = {member.name: member for member in before.members}
     members = []
     for replica in record.replicas.values():
-        view = snapshot.replicas[replica.name]
-        member = _member(replica, view, held.get(name_of(replica)), engine_key_file)
+        member = _member(replica, snapshot, held.get(name_of(replica)), engine_key_file)
         if member is not None:
             members.append(member)
     if backup is not None:
@@ -59,51 +58,60 @@ def orders(
         revision=before.revision,
         members=with_slots(before.members, members),
         expects=snapshot.desired == "up"
-        and any(_is_coming(one, snapshot.replicas[one.name]) for one in record.replicas.values()),
+        and any(_is_coming(one, snapshot) for one in record.replicas.values()),
         open=snapshot.desired == "up",
     )
 
 
 def _member(
-    replica: ReplicaRecord, view: ReplicaView, held: Member | None, key_file: str
+    replica: ReplicaRecord, snapshot: Snapshot, held: Member | None, key_file: str
 ) -> Member | None:
-    if replica.released or replica.intent == "none" or not replica.generation:
+    if replica.over or not replica.generation:
         return None
-    if replica_phase(replica, view) == "serving":
-        url = endpoint_of(replica, view)
+    if replica_phase(replica, snapshot) == "serving":
+        url = endpoint_of(replica, snapshot)
         if url is None:
             return held
+        leader = snapshot.allocations.get(replica.seats[0].allocation, NOTHING)
         return Member(
             name=name_of(replica),
             slot=0,
             url=url.removesuffix("/v1"),
             key_file=key_file,
             where=", ".join(
-                part for part in (view.allocation.identity, nodeset.fold(replica.nodes)) if part
+                part for part in (leader.identity, nodeset.fold(replica.nodes)) if part
             ),
         )
     if held is None:
         return None
-    return held.model_copy(update={"goal": _goal(replica, view, held.goal)})
+    return held.model_copy(update={"goal": _goal(replica, snapshot, held.goal)})
 
 
-def _goal(replica: ReplicaRecord, view: ReplicaView, before: MemberGoal) -> MemberGoal:
-    if replica.failure is not None or replica.intent == "swap":
+def _goal(replica: ReplicaRecord, snapshot: Snapshot, before: MemberGoal) -> MemberGoal:
+    if replica.failure is not None:
         return "dead"
-    if replica.intent == "down":
+    if replica.intent == "down" or replica.is_restarted_by_a_person:
         return "draining"
-    leader = view.nodes.get(replica.nodes[0]) if replica.nodes else None
+    if _has_ended(replica):
+        return "dead"
+    views = snapshot.agents(replica.seats)
+    leader = views.get(replica.nodes[0]) if replica.nodes else None
     if leader is None or leader.report is None:
         return before  # a controller that has just begun has not seen it yet
-    if any(node_phase(node) in ("lost", "failed") for node in view.nodes.values()):
+    if any(node_phase(node) in ("lost", "failed", "stopped") for node in views.values()):
         return "dead"
     return "draining" if before == "serving" else before
 
 
-def _is_coming(replica: ReplicaRecord, view: ReplicaView) -> bool:
+def _has_ended(replica: ReplicaRecord) -> bool:
+    """Whether this generation is over: nobody has said so of the next one yet."""
+    return replica.intent == "up" and (replica.is_restarting or replica.ranked_at is None)
+
+
+def _is_coming(replica: ReplicaRecord, snapshot: Snapshot) -> bool:
     """Whether it will take traffic, and does not yet."""
-    is_wanted = replica.intent in ("none", "up", "swap") and replica.failure is None
-    return is_wanted and replica_phase(replica, view) != "serving"
+    is_wanted = replica.intent == "up" and replica.failure is None and not replica.over
+    return is_wanted and replica_phase(replica, snapshot) != "serving"
 
 
 def requests_at(state: State | None, replica: ReplicaRecord, revision: int) -> int | None:

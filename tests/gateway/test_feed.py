@@ -4,7 +4,7 @@ from launcher.gateway import feed
 from launcher.gateway.documents import Member, Orders
 from launcher.gateway.members import with_slots
 from launcher.record import Failure
-from launcher.snapshot import AllocationView, ReplicaView, Snapshot
+from launcher.snapshot import AllocationView, Snapshot
 from tests.launcher.worlds import NOW, make_context, member, ranked, report, snapshot, view
 
 KEY = "/secrets/engine_key"
@@ -66,16 +66,18 @@ def test_an_orderly_end_drains_and_takes_no_new_requests():
 
 
 def test_a_controller_that_sees_nothing_yet_changes_nothing():
-    empty = Snapshot(NOW, "up", {"r1": ReplicaView(AllocationView("running"))})
+    empty = Snapshot(NOW, "up", {"r1.a1": AllocationView("running")})
     assert goals(fed(ranked(make_context()), empty, taking())) == {"r1.g1": "serving"}
 
 
 def test_a_replica_that_is_gone_is_no_member_and_the_next_generation_is_another_one():
-    released = ranked(make_context(), intent="down", released=True)
-    assert fed(released, snapshot(*serving()), taking()).members == ()
+    over = ranked(make_context(), intent="down", over=True)
+    assert fed(over, snapshot(*serving()), taking()).members == ()
     second = ranked(make_context())
     second.replicas["r1"] = second.replicas["r1"].model_copy(update={"generation": 2})
-    orders = fed(second, snapshot(*serving()), taking())
+    again = member(0, True).model_copy(update={"generation": 2})
+    leader = view("h1", report("h1", "serving", member=again, assignment_revision=2))
+    orders = fed(second, snapshot(leader, serving()[1]), taking())
     assert goals(orders) == {"r1.g2": "serving"}
     assert orders.members[0].slot != taking().members[0].slot
 

@@ -40,7 +40,8 @@ def fake_spec(backend: dict | str, model: Path, engine: Path) -> dict:
         "parallelism": {"pipeline": 2},
         "executor": "mp",
         "runtime": {"venv": str(engine)},
-        "limits": {"drain": "5s", "start": "30s"},
+        # What dies stays dead, so that the tests of dying can look at it.
+        "limits": {"drain": "5s", "start": "30s", "restarts": 0},
         "backend": backend,
     }
 

@@ -10,10 +10,10 @@ PACKAGES = ("launcher", "health", "inventory")
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
 PURE = [
     *("inventory/nodeset.py", "inventory/model.py", "health/report.py", "health/engine.py"),
-    *("launcher/spec.py", "launcher/layout.py", "launcher/plan.py", "launcher/check.py"),
+    *("launcher/spec.py", "launcher/layout.py", "launcher/attribution.py", "launcher/check.py"),
     *("launcher/verdicts.py", "launcher/status.py", "launcher/snapshot.py", "launcher/record.py"),
     *("launcher/documents.py", "launcher/ports.py", "launcher/addresses.py"),
-    *("launcher/steps.py", "launcher/swap.py", "launcher/fitness.py", "launcher/rehearsal.py"),
+    *("launcher/steps.py", "launcher/fitness.py", "launcher/rehearsal.py"),
     *("launcher/meeting.py", "inventory/ledger.py", "health/evidence.py", "health/judge.py"),
     *("health/parity.py", "health/settle.py", "health/clock.py", "health/deep.py"),
     *("health/xids.py", "health/thresholds.py", "health/collective/rounds.py"),
@@ -23,6 +23,8 @@ PURE = [
     *("launcher/gateway/documents.py", "launcher/gateway/choose.py", "launcher/gateway/tally.py"),
     *("launcher/gateway/events.py", "launcher/gateway/refusal.py", "launcher/gateway/members.py"),
     *("launcher/gateway/feed.py", "launcher/gateway/front.py", "launcher/gateway/metrics.py"),
+    *(f"launcher/planning/{name}.py" for name in ("draft", "plan", "gather", "bringup")),
+    *(f"launcher/planning/{name}.py" for name in ("unfit", "ending", "holdings")),
     *("launcher/gateway/keyring.py", "launcher/gateway/continuation.py"),
 ]
 

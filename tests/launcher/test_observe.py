@@ -6,7 +6,7 @@ from launcher.documents import AgentConfig
 from launcher.observe import Observer
 from launcher.paths import BasePaths
 from launcher.snapshot import AllocationView, GatewayView
-from tests.launcher.worlds import begun, make_context, report
+from tests.launcher.worlds import begun, held, make_context, report
 
 
 class Reports:
@@ -25,17 +25,21 @@ class Reports:
 def allocation(number, tmp_path):
     config = AgentConfig(fleet="chat", mark="m", package_version="0", orphan_timeout_s=1)
     base = BasePaths(tmp_path)
-    return Allocation("chat", 1, "r1", number, ("h1", "h2"), base, config, {})
+    return Allocation("chat", 1, "r1", number, 2, ("h1", "h2"), base, config, {})
 
 
 def test_a_report_that_cannot_be_read_for_a_moment_stays_the_last_one(tmp_path):
     backend, record = Reports(), begun(make_context())
     observer = Observer(backend, None)
     backend.now[1, "h1"] = Seen(report("h1", heartbeat_port=111))
-    one = {"r1": allocation(1, tmp_path)}
+    one = {"r1.a1": allocation(1, tmp_path)}
     observer.observe(record, one, "up", Ledger(), GatewayView())
     backend.now.clear()
-    view = observer.observe(record, one, "up", Ledger(), GatewayView()).replicas["r1"].nodes["h1"]
+    view = (
+        observer.observe(record, one, "up", Ledger(), GatewayView())
+        .allocations["r1.a1"]
+        .agents["h1"]
+    )
     assert view.report.heartbeat_port == 111
 
 
@@ -44,10 +48,14 @@ def test_the_next_allocations_agent_is_unknown_until_it_has_reported_itself(tmp_
     backend, record = Reports(), begun(make_context())
     observer = Observer(backend, None)
     backend.now[1, "h1"] = Seen(report("h1", "stopped", heartbeat_port=111))
-    observer.observe(record, {"r1": allocation(1, tmp_path)}, "up", Ledger(), GatewayView())
-    two = {"r1": allocation(2, tmp_path)}
-    view = observer.observe(record, two, "up", Ledger(), GatewayView()).replicas["r1"].nodes["h1"]
-    assert view.report is None
+    both = {"r1.a1": allocation(1, tmp_path), "r1.a2": allocation(2, tmp_path)}
+    record = begun(make_context(), held("r1.a2"))
+
+    def seen():
+        looked = observer.observe(record, both, "up", Ledger(), GatewayView())
+        return looked.allocations["r1.a2"].agents["h1"]
+
+    assert seen().report is None
     backend.now[2, "h1"] = Seen(report("h1", heartbeat_port=222))
-    view = observer.observe(record, two, "up", Ledger(), GatewayView()).replicas["r1"].nodes["h1"]
+    view = seen()
     assert view.report.heartbeat_port == 222

@@ -10,9 +10,9 @@ from inventory.ledger import Ledger, Passed
 from launcher.addresses import Choice
 from launcher.documents import MemberReport
 from launcher.fitness import judge_set
-from launcher.plan import make_plan
+from launcher.planning import make_plan
 from launcher.rehearsal import rehearsals, wanted
-from launcher.steps import Assign, Fail, Note, Pass, Quarantine, Swap
+from launcher.steps import Assign, Fail, Note, Pass, Quarantine
 from tests.launcher.worlds import (
     NOW,
     VERSIONS,
@@ -131,10 +131,10 @@ def test_nodes_that_pass_are_remembered():
 def test_a_node_that_did_not_come_is_swapped_though_the_engine_is_starting():
     missed = said("error", "peers", missing=1, detail="rank 1 did not come")(0, "all")
     nothing = "LAUNCHER-COLLECTIVE " + json.dumps({"kind": "done"}) + "\n"
-    quarantine, swap = steps_of(missed, nothing).steps
+    quarantine, note = steps_of(missed, nothing).steps
     assert isinstance(quarantine, Quarantine)
     assert quarantine.cordon.node == "h2"
-    assert isinstance(swap, Swap)
+    assert note.changes["stopping_at"] == NOW, "engines are starting: they end first"
 
 
 def test_a_serving_replica_is_not_ended_by_what_a_check_foretold():
@@ -166,10 +166,10 @@ def test_a_clock_that_is_wrong_is_blamed_on_its_node(offset, blamed):
         "h1": NodeFacts(traits=VERSIONS, taken_at=NOW),
         "h2": NodeFacts(traits=VERSIONS, taken_at=NOW + offset),
     }
-    unfit = judge_set(facts, NOW - 1, NOW + 1)
+    unfit = judge_set(facts, dict.fromkeys(facts, NOW - 1), NOW + 1)
     assert (unfit and next(iter(unfit.blamed))) == blamed
 
 
 def test_when_all_clocks_differ_from_ours_ours_is_wrong():
     facts = {node: NodeFacts(traits=VERSIONS, taken_at=NOW + 3600) for node in ("h1", "h2")}
-    assert judge_set(facts, NOW - 1, NOW + 1) is None
+    assert judge_set(facts, dict.fromkeys(facts, NOW - 1), NOW + 1) is None

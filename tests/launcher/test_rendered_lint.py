@@ -42,8 +42,9 @@ def scripts_of(spec: FleetSpec) -> dict[str, str]:
     layout = choose_layout(spec, 8, ModelFacts())
     batch = render.sbatch_script(
         spec,
-        replica="r1",
-        allocation=3,
+        owner="r1",
+        number=3,
+        size=spec.nodes,
         base="/home/ml/.local/state/launcher/chat/runs/1/r1.a3",
         python="/opt/launcher/bin/python",
         gpus_per_node=8,
@@ -109,7 +110,14 @@ def test_nothing_from_a_spec_is_executed_when_a_script_is_read(tmp_path):
 def test_directives_keep_blanks_and_percent_signs():
     spec = spec_of("plain", "mp")
     text = render.sbatch_script(
-        spec, replica="r1", allocation=1, base="/a b/100%", python="/p", gpus_per_node=4, mark="m"
+        spec,
+        owner="r1",
+        number=1,
+        size=spec.nodes,
+        base="/a b/100%",
+        python="/p",
+        gpus_per_node=4,
+        mark="m",
     )
     assert "#SBATCH '--output=/a b/100%%/supervisor.log'" in text
     assert "#SBATCH --gres=gpu:4" in text

@@ -8,9 +8,8 @@ from health.report import Finding, NodeFacts
 from inventory.ledger import Cordon, Ledger
 from launcher.apply import remember
 from launcher.check import lint
-from launcher.plan import make_plan
-from launcher.snapshot import AllocationView
-from launcher.steps import Allocate, Assign, Fail, Quarantine, Release, Swap
+from launcher.planning import make_plan, new_record
+from launcher.steps import Allocate, End, Fail, Plan, Quarantine, Release
 from tests.launcher.worlds import NOW, VERSIONS, checked, make_context, report, snapshot, view
 
 BROKEN = NodeFacts(
@@ -36,52 +35,49 @@ def unfit(ledger=None):
     return replace(seen, ledger=ledger or Ledger())
 
 
-def test_an_unfit_node_is_quarantined_and_the_replica_begins_again_without_it():
-    ground = context()
+def swapped(ground):
+    """The record after an unfit h2 was met, and the ledger with its cordon."""
     record = checked(ground)
     made = make_plan(ground, record, unfit())
-    quarantine, swap = made.steps
+    assert lint(ground, record, made, unfit()) == []
+    quarantine = made.steps[0]
     assert isinstance(quarantine, Quarantine)
     assert quarantine.cordon.node == "h2"
     assert quarantine.cordon.reason == "GPU 3: row remap failed"
-    assert isinstance(swap, Swap)
     for step in made.steps:
         record = remember(record, step, NOW)
-    ledger = Ledger().with_cordon(quarantine.cordon)
-
-    def going(*views, **more):
-        return replace(snapshot(*views, **more), ledger=ledger)
-
-    both = (view("h1", report("h1")), view("h2", report("h2", facts=BROKEN)))
-    orders = make_plan(ground, record, going(*both)).steps
-    assert all(isinstance(s, Assign) and s.assignment.goal == "stopped" for s in orders)
-    for step in orders:
-        record = remember(record, step, NOW)
-    stopped = (view("h1", report("h1", "stopped")), view("h2", report("h2", "stopped")))
-    for _ in range(3):  # the leader first, then the others
-        for step in make_plan(ground, record, going(*stopped)).steps:
-            record = remember(record, step, NOW)
-            if isinstance(step, Release):
-                break
-        if record.replicas["r1"].intent == "none":
-            break
-    assert record.replicas["r1"].intent == "none"
-    assert not record.replicas["r1"].released
-    (allocate,) = make_plan(ground, record, going(allocation=AllocationView("none"))).steps
-    assert isinstance(allocate, Allocate)
-    assert (allocate.allocation, allocate.nodes) == (2, ("h1", "h3"))
     assert record.replicas["r1"].story == ("h2 swapped out by preflight: GPU 3: row remap failed",)
+    return record, made, Ledger().with_cordon(quarantine.cordon)
+
+
+def test_an_unfit_node_is_quarantined_and_another_takes_its_place():
+    ground = context()
+    record, _, ledger = swapped(ground)
+    assert record.replicas["r1"].nodes == ("h1",), "the healthy one is kept"
+    seen = replace(unfit(), ledger=ledger)
+    steps = make_plan(ground, record, seen).steps
+    (allocate,) = [step for step in steps if isinstance(step, Allocate)]
+    assert (allocate.allocation, allocate.nodes) == ("r1.a2", ("h3",))
+    (release,) = [step for step in steps if isinstance(step, Release)] or [None]
+    assert release is None, "its agent lives: it is told to stop before its node is swept"
+
+
+def test_slurm_gives_the_whole_job_back_while_nothing_has_served_yet():
+    ground = replace(context(), pool=())
+    record, made, ledger = swapped(ground)
+    assert any(isinstance(step, End) for step in made.steps)
+    assert record.replicas["r1"].nodes == ()
+    seen = replace(unfit(), ledger=ledger)
+    steps = make_plan(ground, record, seen).steps
+    (allocate,) = [step for step in steps if isinstance(step, Allocate)]
+    assert (allocate.allocation, allocate.size, allocate.exclude) == ("r1.a2", 2, ("h2",))
 
 
 def test_slurm_is_asked_for_nodes_other_than_the_cordoned_ones():
     ground = replace(context(), pool=())
-    record = checked(ground)
-    begun = record.model_copy(
-        update={"replicas": {"r1": record.replicas["r1"].model_copy(update={"intent": "none"})}}
-    )
     cordon = Cordon(node="h2", kind="manual", reason="x", at=NOW, by="me")
     seen = replace(snapshot(), ledger=Ledger().with_cordon(cordon))
-    (allocate,) = make_plan(ground, begun, seen).steps
+    (allocate,) = make_plan(ground, new_record(ground, 1, None, NOW), seen).steps
     assert (allocate.nodes, allocate.exclude) == ((), ("h2",))
 
 
@@ -141,7 +137,7 @@ def test_two_nodes_that_differ_are_refused_for_nobody_can_be_blamed():
 def test_the_linter_knows_cordons():
     ground = context()
     cordon = Cordon(node="h2", kind="manual", reason="x", at=NOW, by="me")
-    plan = make_plan(ground, checked(ground), unfit())
-    bad = type(plan)(steps=(Allocate("r1", 2, ("h2", "h3")),))
-    (problem,) = lint(ground, checked(ground), bad, Ledger().with_cordon(cordon))
+    bad = Plan(steps=(Allocate("r1", 2, 1, ("h2",)),))
+    record = new_record(ground, 1, None, NOW)
+    (problem,) = lint(ground, record, bad, unfit(Ledger().with_cordon(cordon)))
     assert "h2, which is cordoned" in problem

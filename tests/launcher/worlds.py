@@ -1,12 +1,14 @@
 """Small worlds for the planner's tests: reports, views and records with sensible values."""
 
+from dataclasses import replace
+
 from health.report import Finding, NodeFacts
 from launcher import render
-from launcher.documents import Assignment, Evidence, MemberReport, NetAddress, Report
+from launcher.documents import Assignment, Evidence, MemberReport, NetAddress, Peer, Report
 from launcher.layout import ModelFacts, choose_layout
-from launcher.plan import new_record
-from launcher.record import ReplicaRecord, RunRecord
-from launcher.snapshot import AllocationView, NodeView, ReplicaView, Snapshot
+from launcher.planning import new_record
+from launcher.record import AllocationRecord, ReplicaRecord, RunRecord, Seat
+from launcher.snapshot import AllocationView, NodeView, Snapshot
 from launcher.spec import FleetSpec
 from launcher.steps import Context
 
@@ -36,27 +38,49 @@ def make_context(pool=("h1", "h2", "h3"), **spec) -> Context:
     )
 
 
-def begun(context: Context, **changes) -> RunRecord:
-    """A run whose first replica has asked for h1 and h2."""
+def seats(*nodes: str, allocation="r1.a1") -> tuple[Seat, ...]:
+    return tuple(Seat(node=node, allocation=allocation) for node in nodes)
+
+
+def held(name="r1.a1", nodes=("h1", "h2"), **changes) -> AllocationRecord:
+    owner, _, number = name.partition(".a")
+    values = {
+        "name": name,
+        "owner": owner,
+        "number": int(number),
+        "size": len(nodes) or 2,
+        "nodes": nodes,
+        "requested_at": NOW,
+        "running_at": NOW,
+        **changes,
+    }
+    return AllocationRecord(**values)
+
+
+def begun(context: Context, *more: AllocationRecord, assignments=None, **changes) -> RunRecord:
+    """A run whose first replica sits on h1 and h2."""
     record = new_record(context, 1, None, NOW)
-    replica = record.replicas["r1"].model_copy(
+    values = {"seats": seats("h1", "h2"), "requested_at": NOW, "running_at": NOW, **changes}
+    replica = record.replicas["r1"].model_copy(update=values)
+    allocations = [held(assignments=assignments or {}), *more]
+    return record.model_copy(
         update={
-            "intent": "up",
-            "allocation": 1,
-            "nodes": ("h1", "h2"),
-            "requested_at": NOW,
-            "running_at": NOW,
-            **changes,
+            "replicas": {**record.replicas, "r1": replica},
+            "allocations": {one.name: one for one in allocations},
+            "counts": {one.owner: one.number for one in allocations},
         }
     )
-    return record.model_copy(update={"replicas": {**record.replicas, "r1": replica}})
+
+
+def peer(node: str) -> Peer:
+    return Peer(node=node, port=5000, addresses=(address(node).ip,))
 
 
 def address(node: str) -> NetAddress:
     return NetAddress(interface="eth0", ip=f"10.0.0.{node[1:]}", prefix=24)
 
 
-def report(node: str, phase="idle", **changes) -> Report:
+def report(node: str, phase="warm", **changes) -> Report:
     other = "h2" if node == "h1" else "h1"
     values = {
         "revision": 1,
@@ -86,19 +110,31 @@ def view(node: str, its_report: Report | None, **changes) -> NodeView:
     return NodeView(node=node, report=its_report, **values)
 
 
-def snapshot(*views: NodeView, allocation: AllocationView | None = None, now=NOW, desired="up"):
-    running = AllocationView("running", nodes=("h1", "h2"))
-    return Snapshot(
-        now=now,
-        desired=desired,
-        replicas={"r1": ReplicaView(allocation or running, {one.node: one for one in views})},
-    )
+def snapshot(
+    *views: NodeView,
+    allocation: AllocationView | None = None,
+    now=NOW,
+    desired="up",
+    more: dict[str, AllocationView] | None = None,
+):
+    """What is seen of r1.a1, and of other allocations in `more`."""
+    mine = allocation or AllocationView("running", nodes=("h1", "h2"))
+    mine = replace(mine, agents={one.node: one for one in views})
+    return Snapshot(now=now, desired=desired, allocations={"r1.a1": mine, **(more or {})})
 
 
-def checked(context: Context) -> RunRecord:
+def running(*views: NodeView) -> AllocationView:
+    nodes = tuple(one.node for one in views)
+    return AllocationView("running", nodes=nodes, agents={one.node: one for one in views})
+
+
+def checked(context: Context, **changes) -> RunRecord:
     """Both nodes have been told to look at themselves (revision 1)."""
-    asked = {node: Assignment(revision=1, goal="idle") for node in ("h1", "h2")}
-    return begun(context, assignments=asked)
+    asked = {
+        node: Assignment(revision=1, goal="idle", peers=(peer(other),))
+        for node, other in (("h1", "h2"), ("h2", "h1"))
+    }
+    return begun(context, assignments=asked, **changes)
 
 
 def ranked(context: Context, **changes) -> RunRecord:

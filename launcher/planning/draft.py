@@ -1,0 +1,115 @@
+"""One round's plan in the making: what was decided so far, for the parts that come after. Pure."""
+
+from dataclasses import dataclass, field
+
+from launcher.record import AllocationRecord, ReplicaRecord, RunRecord, Seat
+from launcher.snapshot import NOTHING, AllocationView, NodeView, Snapshot
+from launcher.steps import Allocate, Context, Step
+from launcher.verdicts import is_dead, is_lost
+
+
+@dataclass
+class Draft:
+    """taken: seats that were given away in this round; asked: nodes that were asked for."""
+
+    context: Context
+    record: RunRecord
+    snapshot: Snapshot
+    steps: list[Step] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)
+    taken: set[Seat] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)
+    left: set[Seat] = field(default_factory=set)
+
+    @property
+    def now(self) -> float:
+        return self.snapshot.now
+
+    @property
+    def is_all_over(self) -> bool:
+        """Whether no replica is wanted any more: spares alone do not keep a fleet."""
+        return all(replica.over for replica in self.record.replicas.values())
+
+    def do(self, *steps: Step) -> None:
+        self.steps += steps
+
+    def wait(self, about: str, reason: str) -> None:
+        self.waits.append(f"{about}: {reason}")
+
+    def view(self, allocation: str) -> AllocationView:
+        return self.snapshot.allocations.get(allocation, NOTHING)
+
+    def living(self) -> list[AllocationRecord]:
+        """Allocations that are not being given back."""
+        return [
+            one
+            for one in self.record.allocations.values()
+            if not one.released and one.ending_at is None
+        ]
+
+    def sitting(self) -> dict[Seat, ReplicaRecord]:
+        """Who sits where; a replica that is over sits nowhere."""
+        return {
+            seat: replica
+            for replica in self.record.replicas.values()
+            if not replica.over
+            for seat in replica.seats
+        }
+
+    def is_usable(self, seat: Seat) -> bool:
+        """Whether the agent there lives, or is still expected, in an allocation that is kept."""
+        held = self.record.allocations.get(seat.allocation)
+        if held is None or held.released or held.ending_at is not None:
+            return False
+        if seat.node not in held.nodes or self.view(held.name).state == "gone":
+            return False
+        agent = self.snapshot.agent(seat)
+        if agent.report is None:
+            limit_s = self.context.spec.limits.agents
+            return self.now - (held.running_at or self.now) <= limit_s
+        return not is_lost(agent) and not is_dead(agent) and not self.is_told_to_stop(seat)
+
+    def is_told_to_stop(self, seat: Seat) -> bool:
+        order = self.record.order(seat)
+        return order is not None and order.goal == "stopped"
+
+    def free_nodes(self, near: tuple[str, ...] = ()) -> list[str]:
+        """Nodes of the pool that nobody holds and nobody has cordoned; the nearest first."""
+        held = {
+            node
+            for one in self.record.allocations.values()
+            if not one.released
+            for node in one.nodes
+        }
+        barred = held | self.asked | self.snapshot.ledger.cordons.keys()
+        free = [node for node in self.context.pool if node not in barred]
+        return sorted(free, key=lambda node: (self._is_doubtful(node), self.distance(node, near)))
+
+    def distance(self, node: str, near: tuple[str, ...]) -> int:
+        """How far a node is from a replica's others: 0 same switch, 1 same rack, 2 neither."""
+        places = self.context.places
+        mine = places.get(node, ())
+        levels = [
+            next(
+                (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a and a == b), 2
+            )
+            for other in near
+            if (theirs := places.get(other, ()))
+        ]
+        return max(levels, default=0)
+
+    def _is_doubtful(self, node: str) -> bool:
+        return bool(self.record.losses.get(node))
+
+    def allocate(self, owner: str, size: int, nodes: tuple[str, ...]) -> None:
+        """Ask for nodes: these, or any but the cordoned ones and our own where Slurm chooses."""
+        number = self.record.counts.get(owner, 0) + 1
+        exclude: tuple[str, ...] = ()
+        if not self.context.pool:
+            exclude = tuple(sorted(self.snapshot.ledger.cordons.keys() & set(self.context.known)))
+        self.asked |= set(nodes)
+        self.do(Allocate(owner, number, size, nodes, exclude))
+
+
+def agent_views(draft: Draft, replica: ReplicaRecord) -> dict[str, NodeView]:
+    return draft.snapshot.agents(replica.seats)

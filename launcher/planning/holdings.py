@@ -1,0 +1,313 @@
+"""Allocations and spares: settled when they come, kept while they are of use, given back. Pure."""
+
+from collections.abc import Iterable
+
+from inventory.ledger import Cordon
+from launcher.documents import Assignment, Checks
+from launcher.planning.draft import Draft
+from launcher.record import AllocationRecord, Seat
+from launcher.spec import is_folder
+from launcher.steps import Assign, Context, End, Quarantine, Release, Settle
+from launcher.verdicts import is_dead, is_lost
+
+STOP_CONFIRM_S = 20.0
+AWAY_KEPT_S = 60.0  # a job of whose agents none answers is given back after this
+
+
+def settle(draft: Draft) -> None:
+    """The nodes of what has come. The leader is the first in the backend's order; it stays so."""
+    for held in draft.living():
+        view = draft.view(held.name)
+        if view.state == "running" and held.running_at is None:
+            draft.do(Settle(held.owner, held.name, view.nodes))
+
+
+def candidates(draft: Draft) -> list[Seat]:
+    """Agents that are fit and serve nobody: any replica may take them."""
+    sitting = draft.sitting()
+    return [
+        seat for seat in _idle(draft, sitting) if _is_fit(draft, seat) and seat not in draft.taken
+    ]
+
+
+def tend(draft: Draft) -> None:
+    """After the replicas had their turn: what is left becomes a spare, or goes."""
+    _end_what_is_over(draft)
+    idle = [seat for seat in _idle(draft, draft.sitting()) if seat not in draft.taken]
+    kept = [] if draft.snapshot.desired == "down" else [s for s in idle if _keep(draft, s)]
+    _dismiss(draft, [seat for seat in idle if seat not in kept])
+    _clear_away_the_dead(draft)
+    _have_spares(draft, kept)
+    for held in draft.record.allocations.values():
+        if held.ending_at is not None and not held.released:
+            _give_back(draft, held)
+
+
+def checks(
+    context: Context, node: str, ports_to_check: tuple[int, ...], scripts: dict[str, str]
+) -> Checks:
+    """What a node finds out about itself before it takes work."""
+    return Checks(
+        probe_script=scripts["engine-probe.sh"],
+        executor=context.layout.executor,
+        model_folder=context.spec.model if is_folder(context.spec.model) else None,
+        image=context.spec.runtime.image_file,
+        ports=ports_to_check,
+        gpus=context.layout.ranks_per_node,
+        shares_machine=context.shares_machine,
+        weights_folders=context.weights_folders.get(node, ()),
+        weights_bytes=context.weights_bytes,
+    )
+
+
+def _idle(draft: Draft, sitting: Iterable[Seat]) -> list[Seat]:
+    taken = set(sitting)
+    return [
+        seat
+        for held in draft.living()
+        if held.running_at is not None
+        for node in held.nodes
+        if (seat := Seat(node=node, allocation=held.name)) not in taken and draft.is_usable(seat)
+    ]
+
+
+def _is_fit(draft: Draft, seat: Seat) -> bool:
+    report = draft.snapshot.agent(seat).report
+    if report is None or report.facts is None or report.facts.unfit or _held(draft, seat):
+        return False
+    if report.health is not None and report.health.unfit:
+        return False
+    order = draft.record.order(seat)
+    if order is None or order.goal != "idle":
+        return False
+    return report.phase == "warm" and report.assignment_revision == order.revision
+
+
+def _held(draft: Draft, seat: Seat) -> bool:
+    return seat.node in draft.snapshot.ledger.cordons
+
+
+def _keep(draft: Draft, seat: Seat) -> bool:
+    """Bring an idle agent to where it can take work; False where it never will."""
+    if _held(draft, seat):
+        return False
+    report = draft.snapshot.agent(seat).report
+    if report is None:
+        return True  # its agent is on its way
+    unfit = (report.facts.unfit if report.facts else ()) or (
+        report.health.unfit if report.health else ()
+    )
+    order = draft.record.order(seat)
+    if unfit and report.phase == "warm":
+        return _quarantine(draft, seat, report.boot_id)
+    if order is None or order.goal == "rank":
+        wanted = checks(draft.context, seat.node, (), draft.context.scripts)
+        revision = draft.record.revision(seat) + 1
+        assignment = Assignment(revision=revision, goal="idle", checks=wanted, stop_grace_s=5)
+        draft.do(Assign(_owner(draft, seat), seat, assignment))
+    return True
+
+
+def _dismiss(draft: Draft, idle: list[Seat]) -> None:
+    """Agents that will not be used: where we choose the nodes each can go by itself."""
+    if not draft.context.pool or draft.is_all_over or draft.snapshot.desired == "down":
+        return
+    for seat in idle:
+        if draft.snapshot.agent(seat).report is not None:
+            draft.do(Assign(_owner(draft, seat), seat, stopped(draft, seat, 5, "not to be used")))
+
+
+def _quarantine(draft: Draft, seat: Seat, boot_id: str) -> bool:
+    report = draft.snapshot.agent(seat).report
+    facts = report and (report.facts if report.facts and report.facts.unfit else report.health)
+    if not facts:
+        return False
+    finding = facts.unfit[0]
+    ledger = draft.snapshot.ledger
+    if not ledger.brake(finding.check, len(draft.context.known), draft.now):
+        device = f"{finding.device}: " if finding.device else ""
+        cordon = Cordon(
+            node=seat.node,
+            kind="quarantine",
+            reason=f"{device}{finding.message}",
+            at=draft.now,
+            by=f"fleet {draft.context.spec.name}",
+            check=finding.check,
+            device=finding.device,
+            advice=finding.advice,
+            boot_id=boot_id,
+        )
+        draft.do(Quarantine(_owner(draft, seat), cordon))
+    return False
+
+
+def _owner(draft: Draft, seat: Seat) -> str:
+    return draft.record.allocations[seat.allocation].owner
+
+
+def _end_what_is_over(draft: Draft) -> None:
+    """Jobs that ended by themselves, and everything when the fleet is to go down."""
+    used = {seat.allocation for seat in draft.sitting()}
+    for held in draft.living():
+        if held.name in used:
+            continue
+        if draft.view(held.name).state == "gone":
+            draft.do(End(held.owner, held.name, draft.view(held.name).reason or "it ended"))
+        elif draft.snapshot.desired == "down" or draft.is_all_over:
+            draft.do(End(held.owner, held.name, "nobody needs it"))
+        elif not draft.context.pool and _is_deserted(draft, held):
+            draft.do(End(held.owner, held.name, "none of its agents answers"))
+
+
+def _is_deserted(draft: Draft, held: AllocationRecord) -> bool:
+    if held.running_at is None or not held.nodes:
+        return False
+    for node in held.nodes:
+        agent = draft.snapshot.agent(Seat(node=node, allocation=held.name))
+        if draft.is_told_to_stop(Seat(node=node, allocation=held.name)):
+            continue
+        if agent.report is None:
+            if draft.now - held.running_at < draft.context.spec.limits.agents:
+                return False
+        elif not agent.ended and (agent.beat_silent_s or 0.0) < AWAY_KEPT_S:
+            return False
+    return True
+
+
+def _clear_away_the_dead(draft: Draft) -> None:
+    """Where we choose the nodes: an agent that died is swept, and its node is free again."""
+    if not draft.context.pool or draft.is_all_over or draft.snapshot.desired == "down":
+        return
+    sitting = draft.sitting()
+    for held in draft.living():
+        if held.running_at is None:
+            continue
+        gone = tuple(
+            node
+            for node in held.nodes
+            if (seat := Seat(node=node, allocation=held.name)) not in sitting
+            and (is_dead(draft.snapshot.agent(seat)) or _never_came(draft, held, seat))
+        )
+        if gone:
+            whole = set(gone) == set(held.nodes)
+            draft.do(Release(held.owner, held.name, gone, whole=whole, insists=True))
+
+
+def _never_came(draft: Draft, held: AllocationRecord, seat: Seat) -> bool:
+    agent = draft.snapshot.agent(seat)
+    late = draft.now - (held.running_at or draft.now) > draft.context.spec.limits.agents
+    return agent.report is None and agent.reachable and late
+
+
+def _have_spares(draft: Draft, kept: list[Seat]) -> None:
+    """As many as the spec wants, no more: what is too much goes back, the newest first."""
+    if draft.snapshot.desired == "down":
+        return
+    if draft.is_all_over:
+        return
+    wanted = draft.context.spec.spares
+    used = {seat.allocation for seat in draft.sitting()} | {s.allocation for s in draft.taken}
+    by_allocation: dict[str, int] = {}
+    for seat in kept:
+        by_allocation[seat.allocation] = by_allocation.get(seat.allocation, 0) + 1
+    owners = {replica.name for replica in draft.record.replicas.values() if not replica.over}
+    short = {
+        name
+        for name, replica in draft.record.replicas.items()
+        if not replica.over and len(replica.seats) < draft.context.spec.nodes
+    }
+    coming = [held for held in draft.living() if held.running_at is None]
+    coming_spares = [held for held in coming if held.owner not in owners]
+    have = len(kept) + sum(held.size for held in coming_spares)
+    for held in reversed(draft.living()):
+        is_spares = held.owner not in owners
+        size = by_allocation.get(held.name, 0) if held.running_at else held.size
+        if held.name in used or (not is_spares and (held.running_at is None or short)):
+            continue
+        if held.running_at is not None and not _is_wholly_known(draft, held, kept):
+            continue
+        if (size and have - size >= wanted) or (held.running_at is not None and not size):
+            draft.do(End(held.owner, held.name, "there are spares enough"))
+            have -= size
+    # A job of a replica that it does not need any more (a spare came first).
+    for held in coming:
+        if held.owner in owners and held.owner not in short and _is_seated(draft, held.owner):
+            draft.do(End(held.owner, held.name, f"{held.owner} has its nodes"))
+    missing = wanted - have
+    if missing <= 0:
+        for held in coming_spares:
+            reason = draft.view(held.name).reason
+            draft.wait(f"spare {held.owner}", reason or "a node")
+        return
+    _ask_for_spares(draft, missing)
+
+
+def _is_wholly_known(draft: Draft, held: AllocationRecord, kept: list[Seat]) -> bool:
+    """Whether every node of it is idle, or lost to us for good: then it can go as a whole."""
+    here = {seat.node for seat in kept if seat.allocation == held.name}
+    for node in held.nodes:
+        seat = Seat(node=node, allocation=held.name)
+        agent = draft.snapshot.agent(seat)
+        if node not in here and not _held(draft, seat) and draft.is_usable(seat):
+            if not (agent.report and agent.report.facts and agent.report.facts.unfit):
+                return False
+        if node not in here and is_lost(agent) and not is_dead(agent):
+            return False  # away: it may come back, and cannot be swept now
+    return True
+
+
+def _is_seated(draft: Draft, owner: str) -> bool:
+    replica = draft.record.replicas[owner]
+    return len(replica.seats) == draft.context.spec.nodes and all(
+        draft.is_usable(seat) for seat in replica.seats
+    )
+
+
+def _ask_for_spares(draft: Draft, missing: int) -> None:
+    busy = {held.owner for held in draft.record.allocations.values() if not held.released}
+    names = (f"s{number}" for number in range(1, 10_000))
+    free_names = (name for name in names if name not in busy)
+    for name, _ in zip(free_names, range(missing), strict=False):
+        if draft.now < draft.record.spares_not_before:
+            why = draft.record.spares_problem
+            draft.wait(f"spare {name}", f"the next try ({why})" if why else "the next try")
+        elif not draft.context.pool:
+            draft.allocate(name, 1, ())
+            draft.wait(f"spare {name}", "a node")
+        elif free := draft.free_nodes():
+            draft.allocate(name, 1, (free[0],))
+            draft.wait(f"spare {name}", "its agent")
+        else:
+            draft.wait(f"spare {name}", "a free node")
+
+
+def _give_back(draft: Draft, held: AllocationRecord) -> None:
+    """Every agent told to stop; given back when all have, or cannot be asked."""
+    waited = draft.now - (held.ending_at or draft.now)
+    running = []
+    for node in held.nodes:
+        seat = Seat(node=node, allocation=held.name)
+        agent = draft.snapshot.agent(seat)
+        if agent.report is None or is_lost(agent) or agent.report.phase == "stopped":
+            continue
+        if draft.view(held.name).state == "gone":
+            continue
+        running.append(node)
+        if not draft.is_told_to_stop(seat) and waited < STOP_CONFIRM_S:
+            draft.do(Assign(held.name, seat, stopped(draft, seat, 5, "given back")))
+    if running and waited < STOP_CONFIRM_S:
+        draft.wait(held.name, f"{', '.join(running)} to stop")
+        return
+    insists = draft.snapshot.desired == "up" and not draft.is_all_over
+    seats = [Seat(node=node, allocation=held.name) for node in held.nodes]
+    away = [seat.node for seat in seats if not draft.snapshot.agent(seat).reachable]
+    if insists and away:
+        draft.wait(held.name, f"{', '.join(away)} to be reachable, to clean up there")
+        return
+    draft.do(Release(held.owner, held.name, held.nodes, whole=True, insists=insists))
+
+
+def stopped(draft: Draft, seat: Seat, grace_s: int, reason: str) -> Assignment:
+    """The order to end: the engine, then the agent itself."""
+    revision = draft.record.revision(seat) + 1
+    return Assignment(revision=revision, goal="stopped", reason=reason, stop_grace_s=grace_s)
