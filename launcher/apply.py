@@ -2,20 +2,15 @@
 
 from typing import Any
 
-from launcher import cordons
 from launcher.context import Ground
 from launcher.documents import Evidence
 from launcher.errors import FleetError
-from launcher.files import make_private, write_document, write_text
-from launcher.journal import Journal
-from launcher.paths import RunPaths
 from launcher.record import (
     INCIDENTS_KEPT,
     AllocationRecord,
     Failure,
     ReplicaRecord,
     RunRecord,
-    Seat,
 )
 from launcher.steps import (
     Allocate,
@@ -30,13 +25,16 @@ from launcher.steps import (
     Plan,
     Quarantine,
     Release,
+    Remind,
     Revive,
     Settle,
     Sit,
     Step,
 )
+from launcher.store import Store
 
 RELEASE_TRIES = 2
+RELEASE_WAIT_S, RELEASE_WAIT_MAX_S = 2.0, 60.0
 LOSSES_KEPT = 10
 ASK_AGAIN_S = 15.0  # after a backend refused to give nodes to a replica that has served
 
@@ -44,10 +42,9 @@ ASK_AGAIN_S = 15.0  # after a backend refused to give nodes to a replica that ha
 class Executor:
     """Holds the record of a run and is the only one that changes it."""
 
-    def __init__(self, ground: Ground, record: RunRecord, paths: RunPaths) -> None:
+    def __init__(self, ground: Ground, record: RunRecord, store: Store) -> None:
         self._ground = ground
-        self._paths = paths
-        self._journal = Journal(paths.journal)
+        self._store = store
         self.record = record
         self._failed_step: Step | None = None
 
@@ -62,63 +59,45 @@ class Executor:
             before = self.record
             self._save(remember(self.record, step, now))
             again = step == self._failed_step
-            if not again:
-                self._journal.write(type(step).__name__.lower(), **_details(step))
+            if not again and not isinstance(step, Remind):
+                self._store.note(type(step).__name__.lower(), **_details(step))
             try:
                 self._act(step)
+                if isinstance(step, Allocate):
+                    self._save(asked(self.record, step.allocation))
             except FleetError as error:
                 if not again:  # the same step failing each round is told once
                     name = type(step).__name__.lower()
-                    self._journal.write("failed", step=name, error=str(error))
+                    self._store.note("failed", step=name, error=str(error))
                 self._failed_step = step
                 if isinstance(step, Allocate):
                     self._save(refused(self.record, step, error, now))
-                else:
-                    # Nothing was done: forget the intent, so that the next round tries again. A
-                    # node that cannot be told to stop must not keep the others from being told.
+                elif not isinstance(step, Assign | Remind):
+                    # Nothing was done: forget the intent, so that the next round tries again.
                     self._save(before)
-                    if not (isinstance(step, Assign) and step.assignment.goal != "rank"):
-                        stuck.add(step.about)
-
-    def resume(self) -> None:
-        """After a restart: write every assignment again that may not have been written."""
-        for held in self.record.allocations.values():
-            if held.released:
-                continue
-            for node, assignment in held.assignments.items():
-                if node not in held.nodes:
-                    continue
-                seat = Seat(node=node, allocation=held.name)
-                try:
-                    self._act(Assign(held.owner, seat, assignment))
-                except FleetError as error:
-                    self._journal.write("failed", step="resume", node=node, error=str(error))
-            if held.ending_at is None and not held.assignments:
-                step = Allocate(held.owner, held.number, held.size, held.nodes, held.exclude)
-                try:
-                    self._act(step)
-                except FleetError as error:
-                    self._journal.write("failed", step="resume", error=str(error))
+                    stuck.add(step.about)
+                # Whether an order has arrived is not known: it stands, and is told again if not.
 
     def set_endpoint(self, endpoint: str) -> None:
         """The fleet's address, as clients call it."""
         self._save(self.record.model_copy(update={"endpoint": endpoint}))
-        self._journal.write("endpoint", endpoint=endpoint)
+        self._store.note("endpoint", endpoint=endpoint)
 
     def _release(self, step: Release, now: float) -> None:
         """The intent is in the record since End; here the end is, once it is reached."""
         again = step == self._failed_step
         if not again:
-            self._journal.write("release", **_details(step))
+            self._store.note("release", **_details(step))
         try:
             self._act(step)
         except FleetError as error:
             held = self.record.allocations[step.allocation]
             tries = held.release_tries + 1
             if not again:
-                self._journal.write("failed", step="release", error=str(error), tries=tries)
+                self._store.note("failed", step="release", error=str(error), tries=tries)
             self._failed_step = step
-            held = held.model_copy(update={"release_tries": tries})
+            wait_s = min(RELEASE_WAIT_S * 2 ** (tries - 1), RELEASE_WAIT_MAX_S)
+            held = held.model_copy(update={"release_tries": tries, "retry_at": now + wait_s})
             leftovers = {**self.record.leftovers, step.allocation: str(error)}
             self._save(
                 with_allocation(self.record, held).model_copy(update={"leftovers": leftovers})
@@ -135,33 +114,31 @@ class Executor:
         match step:
             case Allocate():
                 held = self.record.allocations[step.allocation]
-                self._write_rendered(held)
+                self._store.keep_rendered(held.name, self._ground.rendered(self.record.run, held))
                 backend.allocate(self._ground.allocation(self.record.run, held))
             case Assign(seat=seat, assignment=assignment):
                 held = self.record.allocations[seat.allocation]
                 allocation = self._ground.allocation(self.record.run, held)
                 backend.assign(allocation, seat.node, assignment)
+            case Remind(seat=seat):
+                held = self.record.allocations[seat.allocation]
+                allocation = self._ground.allocation(self.record.run, held)
+                backend.assign(allocation, seat.node, held.assignments[seat.node])
             case Release(nodes=nodes, whole=whole):
                 held = self.record.allocations[step.allocation]
                 backend.release(
                     self._ground.allocation(self.record.run, held), None if whole else nodes
                 )
             case Quarantine(cordon=cordon):
-                cordons.change(backend.kind, lambda ledger: ledger.with_cordon(cordon))
+                self._store.change_ledger(lambda ledger: ledger.with_cordon(cordon))
             case Pass(passed=passed):
-                cordons.change(backend.kind, lambda ledger: ledger.with_passed(passed))
+                self._store.change_ledger(lambda ledger: ledger.with_passed(passed))
             case _:
                 return
 
-    def _write_rendered(self, held: AllocationRecord) -> None:
-        folder = make_private(self._paths.rendered / held.name)
-        scripts = self._ground.rendered(self.record.run, held)
-        for name, text in scripts.items():
-            write_text(folder / name, text, mode=0o700)
-
     def _save(self, record: RunRecord) -> None:
         if record != self.record:
-            write_document(self._paths.record, record)
+            self._store.save(record)
             self.record = record
 
 
@@ -176,8 +153,15 @@ def remember(record: RunRecord, step: Step, now: float) -> RunRecord:
             return with_allocation(record, changed)
         case Assign(seat=seat, assignment=assignment):
             held = record.allocations[seat.allocation]
-            orders = {**held.assignments, seat.node: assignment}
-            return with_allocation(record, held.model_copy(update={"assignments": orders}))
+            changes = {
+                "assignments": {**held.assignments, seat.node: assignment},
+                "ordered_at": {**held.ordered_at, seat.node: now},
+            }
+            return with_allocation(record, held.model_copy(update=changes))
+        case Remind(seat=seat):
+            held = record.allocations[seat.allocation]
+            ordered = {**held.ordered_at, seat.node: now}
+            return with_allocation(record, held.model_copy(update={"ordered_at": ordered}))
         case End(allocation=name):
             held = record.allocations[name]
             return with_allocation(record, held.model_copy(update={"ending_at": now}))
@@ -237,7 +221,15 @@ def with_allocation(record: RunRecord, held: AllocationRecord) -> RunRecord:
     return record.model_copy(update={"allocations": {**record.allocations, held.name: held}})
 
 
+def asked(record: RunRecord, allocation: str) -> RunRecord:
+    """The backend has taken the request for this allocation."""
+    held = record.allocations[allocation]
+    return with_allocation(record, held.model_copy(update={"asked": True}))
+
+
 def _with_new_allocation(record: RunRecord, step: Allocate, now: float) -> RunRecord:
+    if step.allocation in record.allocations:
+        return record  # asked for again: the controller before us may not have come to it
     held = AllocationRecord(
         name=step.allocation,
         owner=step.about,

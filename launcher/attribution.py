@@ -65,6 +65,12 @@ def judge(limits: Limits, replica: ReplicaRecord, failure: Failure, now: float) 
     return again
 
 
+def back_off_s(replica: ReplicaRecord, now: float) -> float:
+    """How long the next generation still waits; a clock that was set back does not prolong it."""
+    wait_s = replica.not_before - now
+    return wait_s if 0 < wait_s <= BACK_OFF_S[-1] else 0.0
+
+
 def node_of(failure: Failure) -> str:
     """The node where it began; empty where no node is named."""
     return failure.where.removeprefix("node ") if failure.where.startswith("node ") else ""

@@ -14,23 +14,22 @@ import threading
 import time
 from pathlib import Path
 
-from launcher import cordons
 from launcher.apply import Executor
-from launcher.backends.base import Allocation
-from launcher.check import lint
-from launcher.context import Ground, make_ground, read_secrets
+from launcher.context import make_ground, read_secrets
 from launcher.errors import FleetError, StateError
 from launcher.files import make_private, read_document, write_document
 from launcher.journal import Journal
+from launcher.loop import Loop
 from launcher.observe import Observer
 from launcher.paths import FleetPaths
-from launcher.planning import make_plan, new_record
+from launcher.planning import new_record
 from launcher.pulse import Pulse
 from launcher.record import RunRecord
 from launcher.snapshot import Snapshot
 from launcher.spec import FleetSpec
 from launcher.status import Status, StatusError, make_status
 from launcher.steps import Plan
+from launcher.store import DiskStore
 from launcher.traffic import Traffic
 from launcher.verdicts import replica_phase
 from launcher.wish import Driver, Wish, read_record, read_wish, take_the_wheel
@@ -77,49 +76,34 @@ class Controller:
         if record is None:
             before = read_record(self.paths, self.wish.run - 1)
             record = new_record(ground.context, self.wish.run, before, time.time())
-        executor = Executor(ground, record, self.run_paths)
+        store = DiskStore(self.run_paths, ground.backend.kind)
+        executor = Executor(ground, record, store)
         traffic = Traffic(self.paths, self.spec, self.run_paths.spec, self.journal)
-        executor.resume()
         self._known = ground.context.known
         pulse = Pulse(read_secrets(self.paths.secrets)["agent_token"].encode())
         pulse.woken = self._woken
         pulse.start()
         observer = Observer(ground.backend, pulse)
+        loop = Loop(ground.context, observer, executor, store, ground.allocation)
         try:
-            while not self._ordered_to_end and not self._round(
-                ground, executor, observer, traffic
-            ):
+            while not self._ordered_to_end and not self._round(loop, executor, traffic):
                 self._woken.wait(self._turn_s(executor.record))
                 self._woken.clear()
         finally:
             pulse.stop()
             ground.backend.close()
 
-    def _round(
-        self, ground: Ground, executor: Executor, observer: Observer, traffic: Traffic
-    ) -> bool:
+    def _round(self, loop: Loop, executor: Executor, traffic: Traffic) -> bool:
         """One turn of the loop; True when nothing is left to do, ever."""
         self._drive()
         wish = read_wish(self.paths)
         if wish is not None and wish.run == self.wish.run:
             self.wish = wish
-        snapshot = observer.observe(
-            executor.record,
-            self._allocations(ground, executor.record),
-            self.wish.desired,
-            cordons.read(ground.backend.kind),
-            traffic.look(executor.record),
-            self.wish.restarts,
-        )
+        snapshot = loop.look(self.wish, traffic.look(executor.record))
         traffic.give_orders(executor.record, snapshot)  # before anything is stopped
-        plan = make_plan(ground.context, executor.record, snapshot)
-        problems = lint(ground.context, executor.record, plan, snapshot)
-        if problems:
-            self.journal.write("refused", problems=problems)
-            log.error("plan refused: %s", "; ".join(problems))
-            plan = Plan(waiting_for=tuple(problems))
+        plan = loop.plan(snapshot)
         self._remember_endpoint(executor, snapshot)
-        executor.apply(plan, snapshot.now)
+        loop.apply(plan, snapshot)
         if plan.finished:
             self._leftover = traffic.stop()
         self._write_status(executor.record, snapshot, plan)
@@ -133,11 +117,6 @@ class Controller:
             return CALM_TURN_S
         waiting = any(r.seats and not r.ranked_at and not r.over for r in record.replicas.values())
         return STARTING_TURN_S if waiting else BUSY_TURN_S
-
-    def _allocations(self, ground: Ground, record: RunRecord) -> dict[str, Allocation]:
-        return {
-            name: ground.allocation(record.run, held) for name, held in record.allocations.items()
-        }
 
     def _remember_endpoint(self, executor: Executor, snapshot: Snapshot) -> None:
         """The fleet's address is the gateway's, told once a replica serves behind it."""

@@ -29,8 +29,14 @@ class Heartbeats(Protocol):
 
 
 class RealClock:
+    """The wall clock as it was at the start, carried on by the monotonic one: a clock that is set
+    while we run moves no deadline."""
+
+    def __init__(self) -> None:
+        self._began_at = time.time() - time.monotonic()
+
     def now(self) -> float:
-        return time.time()
+        return self._began_at + time.monotonic()
 
     def monotonic(self) -> float:
         return time.monotonic()

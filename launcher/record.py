@@ -60,6 +60,8 @@ class AllocationRecord(BaseModel):
     """Nodes that were asked for at once: a job under Slurm, agents on hosts elsewhere.
 
     owner: the replica or spare that it was asked for first. nodes: those that it still holds.
+    asked: whether the backend has taken the request; until then it is made again. ordered_at: when
+    each node was told its assignment last.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -70,11 +72,14 @@ class AllocationRecord(BaseModel):
     nodes: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     requested_at: float
+    asked: bool = False
     running_at: float | None = None
     ending_at: float | None = None
     release_tries: int = 0
+    retry_at: float = 0.0
     released: bool = False
     assignments: dict[str, Assignment] = Field(default_factory=dict)
+    ordered_at: dict[str, float] = Field(default_factory=dict)
 
     def revision_of(self, node: str) -> int:
         assignment = self.assignments.get(node)

@@ -45,6 +45,14 @@ class Assign:
 
 
 @dataclass(frozen=True)
+class Remind:
+    """Write the assignment again that this node has not taken up: it may never have arrived."""
+
+    about: str
+    seat: Seat
+
+
+@dataclass(frozen=True)
 class Sit:
     """These are the replica's seats from now on; `story` tells the journal why they changed."""
 
@@ -140,6 +148,7 @@ Step = (
     Allocate
     | Settle
     | Assign
+    | Remind
     | Sit
     | Interrupt
     | Fail

@@ -2,6 +2,7 @@
 
 from inventory import nodeset
 from launcher import addresses, ports, rehearsal, render
+from launcher.attribution import back_off_s
 from launcher.documents import Assignment, Member, Peer, Report
 from launcher.fitness import judge_set
 from launcher.planning.draft import Draft, agent_views
@@ -42,8 +43,8 @@ def bring_up(draft: Draft, replica: ReplicaRecord) -> None:
     chosen = _addresses(draft, replica, reports)
     if chosen is None:
         return
-    if now < replica.not_before:
-        draft.wait(replica.name, f"the next try in {replica.not_before - now:.0f} s")
+    if wait_s := back_off_s(replica, now):
+        draft.wait(replica.name, f"the next try in {wait_s:.0f} s")
         return
     # A replica that must come back is not kept waiting: what it served over is known to work.
     rehearses = not replica.served and rehearsal.wanted(

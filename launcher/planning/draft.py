@@ -19,7 +19,6 @@ class Draft:
     waits: list[str] = field(default_factory=list)
     taken: set[Seat] = field(default_factory=set)
     asked: set[str] = field(default_factory=set)
-    left: set[Seat] = field(default_factory=set)
 
     @property
     def now(self) -> float:

@@ -1,5 +1,6 @@
 """A replica's seats: who survived, then who stands by, then who must be asked for. Pure."""
 
+from launcher.attribution import back_off_s
 from launcher.planning.draft import Draft
 from launcher.planning.holdings import candidates
 from launcher.record import AllocationRecord, Failure, ReplicaRecord, Seat
@@ -12,10 +13,12 @@ QUEUE_PATIENCE_S = 60.0  # ours: an idle cluster starts a job within two seconds
 def seat(draft: Draft, replica: ReplicaRecord) -> bool:
     """Fill the replica's seats as far as that can be done now; True when none is missing."""
     kept = tuple(one for one in replica.seats if draft.is_usable(one))
+    given_away = {one for one in replica.seats if one in draft.taken}  # in this very round
     # An agent that never reported is given up by bring_up, which says so; not before.
     if not replica.served:
         kept = tuple(one for one in replica.seats if one in kept or not _is_lost(draft, one))
-    kept = tuple(one for one in kept if one.node not in draft.snapshot.ledger.cordons)
+    barred = draft.snapshot.ledger.cordons.keys()
+    kept = tuple(one for one in kept if one.node not in barred and one not in given_away)
     size = draft.context.spec.nodes
     found = list(kept)
     spares = _own_seats(draft, replica)
@@ -128,10 +131,11 @@ def _ask_for(draft: Draft, replica: ReplicaRecord, missing: int, near: tuple[str
     missing -= sum(held.size for held in coming)
     if missing <= 0:
         return
-    if draft.now < replica.not_before:
-        draft.wait(replica.name, f"the next try in {replica.not_before - draft.now:.0f} s")
+    if wait_s := back_off_s(replica, draft.now):
+        draft.wait(replica.name, f"the next try in {wait_s:.0f} s")
         return
-    if _must_hurry(replica) and draft.context.spec.reschedule == "in_place":
+    in_place = draft.context.spec.reschedule == "in_place" and not draft.context.pool
+    if _must_hurry(replica) and in_place:
         draft.wait(replica.name, f"{_count(missing)} (reschedule: in_place)")
         return
     if not draft.context.pool:

@@ -7,10 +7,12 @@ from launcher.documents import Assignment, Checks
 from launcher.planning.draft import Draft
 from launcher.record import AllocationRecord, Seat
 from launcher.spec import is_folder
-from launcher.steps import Assign, Context, End, Quarantine, Release, Settle
+from launcher.steps import Allocate, Assign, Context, End, Quarantine, Release, Remind, Settle
 from launcher.verdicts import is_dead, is_lost
 
 STOP_CONFIRM_S = 20.0
+REMIND_AFTER_S = 3.0
+PAUSE_MAX_S = 60.0
 AWAY_KEPT_S = 60.0  # a job of whose agents none answers is given back after this
 
 
@@ -18,8 +20,33 @@ def settle(draft: Draft) -> None:
     """The nodes of what has come. The leader is the first in the backend's order; it stays so."""
     for held in draft.living():
         view = draft.view(held.name)
-        if view.state == "running" and held.running_at is None:
+        if not held.asked and draft.snapshot.ledger.cordons.keys() & set(held.nodes):
+            draft.do(End(held.owner, held.name, "a node of it was cordoned before it was asked for"))
+        elif not held.asked:
+            draft.do(Allocate(held.owner, held.number, held.size, held.nodes, held.exclude))
+        elif view.state == "running" and held.running_at is None:
             draft.do(Settle(held.owner, held.name, view.nodes))
+        elif view.state == "pending" and set(held.exclude) - draft.snapshot.ledger.cordons.keys():
+            # It would wait for ever for other nodes, while those it refuses are good again.
+            draft.do(End(held.owner, held.name, "a node that it refuses was uncordoned"))
+
+
+def remind(draft: Draft) -> None:
+    """Who lives and has not taken up its order is told again: it may never have arrived."""
+    told = {step.seat for step in draft.steps if isinstance(step, Assign)}
+    going = {step.allocation for step in draft.steps if isinstance(step, Release)}
+    for held in draft.record.allocations.values():
+        if held.released or held.name in going:
+            continue
+        for node, order in held.assignments.items():
+            seat = Seat(node=node, allocation=held.name)
+            report = draft.snapshot.agent(seat).report
+            if report is None or seat in told or node not in held.nodes:
+                continue
+            waited = draft.now - held.ordered_at.get(node, draft.now)
+            is_late = report.assignment_revision < order.revision and report.phase != "stopped"
+            if is_late and waited > REMIND_AFTER_S and not is_lost(draft.snapshot.agent(seat)):
+                draft.do(Remind(held.owner, seat))
 
 
 def candidates(draft: Draft) -> list[Seat]:
@@ -98,7 +125,7 @@ def _keep(draft: Draft, seat: Seat) -> bool:
         report.health.unfit if report.health else ()
     )
     order = draft.record.order(seat)
-    if unfit and report.phase == "warm":
+    if unfit and report.phase in ("idle", "warm"):
         return _quarantine(draft, seat, report.boot_id)
     if order is None or order.goal == "rank":
         wanted = checks(draft.context, seat.node, (), draft.context.scripts)
@@ -109,8 +136,8 @@ def _keep(draft: Draft, seat: Seat) -> bool:
 
 
 def _dismiss(draft: Draft, idle: list[Seat]) -> None:
-    """Agents that will not be used: where we choose the nodes each can go by itself."""
-    if not draft.context.pool or draft.is_all_over or draft.snapshot.desired == "down":
+    """Agents that will not be used are told to end; their nodes are given back then."""
+    if draft.is_all_over or draft.snapshot.desired == "down":
         return
     for seat in idle:
         if draft.snapshot.agent(seat).report is not None:
@@ -124,7 +151,9 @@ def _quarantine(draft: Draft, seat: Seat, boot_id: str) -> bool:
         return False
     finding = facts.unfit[0]
     ledger = draft.snapshot.ledger
-    if not ledger.brake(finding.check, len(draft.context.known), draft.now):
+    if ledger.brake(finding.check, len(draft.context.known), draft.now):
+        return True  # it stays, unfit and visible: another would be no better
+    if not draft.context.shares_machine:
         device = f"{finding.device}: " if finding.device else ""
         cordon = Cordon(
             node=seat.node,
@@ -175,20 +204,21 @@ def _is_deserted(draft: Draft, held: AllocationRecord) -> bool:
 
 
 def _clear_away_the_dead(draft: Draft) -> None:
-    """Where we choose the nodes: an agent that died is swept, and its node is free again."""
-    if not draft.context.pool or draft.is_all_over or draft.snapshot.desired == "down":
+    """An agent that died is swept, and its node is free again, or goes back to Slurm."""
+    if draft.is_all_over or draft.snapshot.desired == "down":
         return
     sitting = draft.sitting()
+    used = {seat.allocation for seat in sitting} | {seat.allocation for seat in draft.taken}
     for held in draft.living():
-        if held.running_at is None:
-            continue
+        if held.running_at is None or (not draft.context.pool and held.name not in used):
+            continue  # a job that nobody uses goes as a whole
         gone = tuple(
             node
             for node in held.nodes
             if (seat := Seat(node=node, allocation=held.name)) not in sitting
             and (is_dead(draft.snapshot.agent(seat)) or _never_came(draft, held, seat))
         )
-        if gone:
+        if gone and not _rests(held.retry_at, draft.now):
             whole = set(gone) == set(held.nodes)
             draft.do(Release(held.owner, held.name, gone, whole=whole, insists=True))
 
@@ -227,7 +257,8 @@ def _have_spares(draft: Draft, kept: list[Seat]) -> None:
         if held.running_at is not None and not _is_wholly_known(draft, held, kept):
             continue
         if (size and have - size >= wanted) or (held.running_at is not None and not size):
-            draft.do(End(held.owner, held.name, "there are spares enough"))
+            why = "there are spares enough" if size else "its nodes are not to be used"
+            draft.do(End(held.owner, held.name, why))
             have -= size
     # A job of a replica that it does not need any more (a spare came first).
     for held in coming:
@@ -240,6 +271,11 @@ def _have_spares(draft: Draft, kept: list[Seat]) -> None:
             draft.wait(f"spare {held.owner}", reason or "a node")
         return
     _ask_for_spares(draft, missing)
+
+
+def _rests(until: float, now: float) -> bool:
+    """Whether a pause goes on; a clock that was set back does not prolong it."""
+    return 0 < until - now <= PAUSE_MAX_S
 
 
 def _is_wholly_known(draft: Draft, held: AllocationRecord, kept: list[Seat]) -> bool:
@@ -268,7 +304,7 @@ def _ask_for_spares(draft: Draft, missing: int) -> None:
     names = (f"s{number}" for number in range(1, 10_000))
     free_names = (name for name in names if name not in busy)
     for name, _ in zip(free_names, range(missing), strict=False):
-        if draft.now < draft.record.spares_not_before:
+        if _rests(draft.record.spares_not_before, draft.now):
             why = draft.record.spares_problem
             draft.wait(f"spare {name}", f"the next try ({why})" if why else "the next try")
         elif not draft.context.pool:
@@ -297,6 +333,9 @@ def _give_back(draft: Draft, held: AllocationRecord) -> None:
             draft.do(Assign(held.name, seat, stopped(draft, seat, 5, "given back")))
     if running and waited < STOP_CONFIRM_S:
         draft.wait(held.name, f"{', '.join(running)} to stop")
+        return
+    if _rests(held.retry_at, draft.now):
+        draft.wait(held.name, "the next try to give it back")
         return
     insists = draft.snapshot.desired == "up" and not draft.is_all_over
     seats = [Seat(node=node, allocation=held.name) for node in held.nodes]

@@ -51,6 +51,7 @@ def held(name="r1.a1", nodes=("h1", "h2"), **changes) -> AllocationRecord:
         "size": len(nodes) or 2,
         "nodes": nodes,
         "requested_at": NOW,
+        "asked": True,
         "running_at": NOW,
         **changes,
     }
