@@ -432,6 +432,7 @@ def _stopped(replica: ReplicaRecord, node: str, drain_s: int) -> Assignment:
         goal="stopped",
         reason=replica.failure.message if replica.failure else "down",
         stop_grace_s=grace_s,
+        after_failure=replica.failure is not None,
     )
 
 

@@ -1,5 +1,6 @@
 """From reports to words: is a node lost, what phase is a replica in, who failed first. Pure."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from launcher.documents import Evidence
@@ -94,7 +95,8 @@ def first_failure(record: ReplicaRecord, view: ReplicaView, now: float) -> Failu
         if peer is None or is_silent(peer):
             return _lost(accusation.process, accusation.at, peer, accusation)
     if own:
-        return _died(min(own, key=lambda evidence: evidence.at))
+        first = min(own, key=lambda evidence: evidence.at)
+        return _held_up(_died(first), view.nodes) if first.kind == "stall" else _died(first)
     for node in record.nodes:
         seen = view.nodes.get(node)
         if seen is not None and is_lost(seen):
@@ -111,6 +113,7 @@ def _died(evidence: Evidence) -> Failure:
     code, exit_code = {
         "deadline": ("deadline", 4),
         "preflight": ("preflight", 3),
+        "stall": ("stall", 1),
     }.get(evidence.kind, ("engine", 1))
     return Failure(
         code=code,
@@ -121,6 +124,20 @@ def _died(evidence: Evidence) -> Failure:
         at=evidence.at,
         evidence=evidence,
     )
+
+
+def _held_up(failure: Failure, nodes: Mapping[str, NodeView]) -> Failure:
+    """The leader tells of a stall; which process holds it up may be known on another node."""
+    stalled = failure.evidence.node if failure.evidence else ""
+    members = {node: seen.report.member for node, seen in nodes.items() if seen.report}
+    suspects = {node: member.suspects for node, member in members.items() if member}
+    others = {node: said for node, said in suspects.items() if said and node != stalled}
+    if not others:
+        return failure
+    told = (f"on {node}: {', '.join(said)}" for node, said in sorted(others.items()))
+    where = failure.where if suspects.get(stalled) else f"node {min(others)}"
+    message = "; ".join((failure.message, *told))
+    return failure.model_copy(update={"message": message, "where": where})
 
 
 def _lost(node: str, at: float, seen: NodeView | None, evidence: Evidence | None) -> Failure:
