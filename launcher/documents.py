@@ -130,13 +130,14 @@ class Assignment(Document):
     peers: tuple[Peer, ...] = ()
     member: Member | None = None
     stop_grace_s: int = 10
+    after_failure: bool = False  # look at the engine's processes before they are ended
 
 
 class Evidence(BaseModel):
     """Why something failed or was lost: who, when, how it ended, and its last words."""
 
     model_config = ConfigDict(frozen=True)
-    kind: Literal["exit", "lost_peer", "deadline", "preflight", "stopped", "error"]
+    kind: Literal["exit", "lost_peer", "deadline", "preflight", "stopped", "error", "stall"]
     message: str
     node: str
     at: float
@@ -158,6 +159,7 @@ class MemberReport(BaseModel):
     first_token_at: float | None = None
     waiting_for: str = ""
     rehearsed: str | None = None  # what the collective check printed, once it has ended
+    suspects: tuple[str, ...] = ()  # processes of the engine that stand still, in words
 
 
 class Report(Document):

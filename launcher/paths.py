@@ -14,7 +14,7 @@ $LAUNCHER_STATE_DIR (~/.local/state/launcher)
         └── r1.a1/             one allocation: what its agents see (their base folder)
             ├── agent.json     for every agent
             ├── secrets/       what agents and engine need
-            └── nodes/NODE/    assignment.json  report.json  logs/
+            └── nodes/NODE/    assignment.json  report.json  logs/  evidence/
 """
 
 import os
@@ -49,6 +49,11 @@ class NodePaths:
     @property
     def logs(self) -> Path:
         return self.root / "logs"
+
+    @property
+    def evidence(self) -> Path:
+        """A folder for each generation that stalled or lost a peer (launcher/agent/bundle.py)."""
+        return self.root / "evidence"
 
 
 @dataclass(frozen=True)

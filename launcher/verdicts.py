@@ -123,7 +123,8 @@ def first_failure(
         if peer is None or is_silent(peer):
             return _lost(accusation.process, accusation.at, peer, accusation)
     if own:
-        return _died(min(own, key=lambda evidence: evidence.at))
+        first = min(own, key=lambda evidence: evidence.at)
+        return _held_up(_died(first), views) if first.kind == "stall" else _died(first)
     for node, seen in views.items():
         if is_lost(seen):
             return _lost(
@@ -150,6 +151,20 @@ def _died(evidence: Evidence) -> Failure:
         at=evidence.at,
         evidence=evidence,
     )
+
+
+def _held_up(failure: Failure, nodes: Mapping[str, NodeView]) -> Failure:
+    """The leader tells of a stall; which process holds it up may be known on another node."""
+    stalled = failure.evidence.node if failure.evidence else ""
+    members = {node: seen.report.member for node, seen in nodes.items() if seen.report}
+    suspects = {node: member.suspects for node, member in members.items() if member}
+    others = {node: said for node, said in suspects.items() if said and node != stalled}
+    if not others:
+        return failure
+    told = (f"on {node}: {', '.join(said)}" for node, said in sorted(others.items()))
+    where = failure.where if suspects.get(stalled) else f"node {min(others)}"
+    message = "; ".join((failure.message, *told))
+    return failure.model_copy(update={"message": message, "where": where})
 
 
 def _lost(node: str, at: float, seen: NodeView | None, evidence: Evidence | None) -> Failure:

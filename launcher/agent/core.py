@@ -34,6 +34,7 @@ WAITING_TURN_S = 0.05  # while an order is awaited, every wait of ours delays th
 BEAT_S = 5.0
 ASSIGNMENT_POLL_S = 0.5
 LOCK_WITHIN_S = 2.0
+LOOK_WITHIN_S = 1.0
 ORPHAN_GRACE_S = 5
 # Variables of an enclosing job that would confuse what the engine starts.
 _NOT_INHERITED = ("SBATCH_", "LAUNCHER_", "RAY_", "VLLM_", "PYTHON", "VIRTUAL_ENV")
@@ -139,6 +140,8 @@ class Agent:
                 # We stay a member until the engine is gone: a leader that ends its requests needs
                 # its followers, and they fence themselves as soon as we are not.
                 self.heart.watch_nobody()
+                if assignment and assignment.after_failure:
+                    self.engine.look_before_the_end(assignment.reason, LOOK_WITHIN_S)
                 self.engine.stop(assignment.stop_grace_s if assignment else ORPHAN_GRACE_S)
             return
         member = assignment.member
@@ -153,6 +156,7 @@ class Agent:
             self.heart.hold(member.scope, member.peers, leader)
             has_gpus = bool(self.watch.facts and self.watch.facts.gpus)
             self.engine = Engine(member, self._surroundings(), self.reaper, has_gpus)
+            self.engine.newest_health = lambda: self.watch.health or self.watch.facts
             self.engine.start()
 
     def _take_loss(self, engine: Engine) -> None:
@@ -170,6 +174,7 @@ class Agent:
             self._fenced_revision = self.assignment.revision if self.assignment else 0
         if engine.first_token_at or (engine.member.rank and self.heart.leader_serves()):
             self.heart.set_serving()
+            engine.is_serving = True
             self.watch.look_again(time.monotonic())
         if engine.gone:
             self.heart.release()
@@ -255,6 +260,7 @@ class Agent:
             first_token_at=ready,
             waiting_for=self.engine.waiting_for,
             rehearsed=self.engine.rehearsed,
+            suspects=self.engine.suspects,
         )
 
     def _surroundings(self) -> Surroundings:
@@ -263,6 +269,7 @@ class Agent:
             node=self.node,
             base=self.base.root,
             logs=self.paths.logs,
+            evidence=self.paths.evidence,
             cache=Path(cache),
             mark=self.mark,
             environment=_clean_environment(),

@@ -13,14 +13,19 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from health.probes.host import busy_ports
-from launcher.agent import lastwords, processes
-from launcher.agent.probe import TokenProbe
+from health.report import NodeFacts
+from launcher.agent import bundle, lastwords, processes
+from launcher.agent.bundle import Bundle
+from launcher.agent.canary import StallWatch
+from launcher.agent.probe import Api, TokenProbe
 from launcher.agent.processes import SCRATCH_MARK, Reaper, scratch_root
 from launcher.agent.rehearsing import Rehearsing
+from launcher.agent.suspects import Suspects
 from launcher.documents import Evidence, Member
 from launcher.files import make_private, read_tail, write_text
 from launcher.ports import to_check
@@ -37,6 +42,7 @@ class Surroundings:
     node: str
     base: Path
     logs: Path
+    evidence: Path
     cache: Path
     mark: str
     environment: dict[str, str]
@@ -61,6 +67,8 @@ class Engine:
     evidence: Evidence | None = None
     gone: bool = False
     probe: TokenProbe | None = None
+    is_serving: bool = False  # the leader has had its first token
+    newest_health: Callable[[], NodeFacts | None] = lambda: None
     _processes: list[_Process] = field(default_factory=list)
     _pending: list[int] = field(default_factory=list)
     _started_at: float = 0.0
@@ -70,6 +78,9 @@ class Engine:
     _scanned_at: float = 0.0
     _guard: socket.socket | None = None
     _rehearsal: Rehearsing | None = None
+    _watch: StallWatch | None = None
+    _bundle: Bundle | None = None
+    _suspects: Suspects = field(default_factory=Suspects)
     _told: set[str] = field(default_factory=set)
 
     @property
@@ -93,9 +104,7 @@ class Engine:
         make_private(self.around.cache)
         self._pending = list(range(len(member.commands)))
         if member.rank == 0:
-            host, port = member.address, member.ports["api"]
-            key = self.around.secrets.get("engine_key", "")
-            self.probe = TokenProbe(host, port, member.served_model, key)
+            self.probe = TokenProbe(self._api())
             self.probe.start()
         if member.rehearsal:
             environment = self._environment("collective")
@@ -107,7 +116,9 @@ class Engine:
         now = time.monotonic()
         if now - self._scanned_at > SEGMENT_SCAN_S:
             self._scanned_at = now
-            self._segments |= processes.segments_of(processes.descendants())
+            self._look_for_suspects(now)
+            below = [p for p in processes.descendants() if p.pid not in self._suspects.hanging]
+            self._segments |= processes.segments_of(below)
             self.reaper.collect_adopted()
         if self._stop_at is not None:
             self._go_on_stopping(now)
@@ -122,6 +133,8 @@ class Engine:
                 waited = self.probe.waiting_for if self.probe else "the engine"
                 limit = self.member.start_timeout_s
                 self._fail("deadline", f"no token within {limit} s; waited for {waited}")
+        elif self.member.rank == 0:
+            self._watch_progress(now)
 
     def stop(self, grace_s: float) -> None:
         """Order the end: TERM to the API server, then to the rest, KILL when the grace is over."""
@@ -131,6 +144,8 @@ class Engine:
         self._pending = []
         if self.probe:
             self.probe.stop()
+        if self._watch:
+            self._watch.stop()
 
     def fence(self) -> None:
         """From any thread, without touching a file: TERM to every group now, KILL soon after."""
@@ -142,9 +157,19 @@ class Engine:
         timer.start()
 
     def lose(self, evidence: Evidence) -> None:
-        """The main loop's half of a fence: record why, and stop."""
+        """The main loop's half of a fence: record why, and stop.
+
+        The signals went out already. A process that hangs outlives TERM, so that what it does can
+        still be seen; nothing waits for that.
+        """
         self.evidence = self.evidence or evidence
+        self.look_before_the_end(evidence.message)
         self.stop(FENCE_GRACE_S)
+
+    def look_before_the_end(self, why: str, within_s: float = 0.0) -> None:
+        """Keep what can be seen of a member that goes down with its replica."""
+        if self._bundle is None and not self.is_stopping:
+            self._start_bundle(why, within_s=within_s)
 
     @property
     def first_token_at(self) -> float | None:
@@ -166,6 +191,10 @@ class Engine:
     @property
     def rehearsed(self) -> str | None:
         return self._rehearsal.printed if self._rehearsal else None
+
+    @property
+    def suspects(self) -> tuple[str, ...]:
+        return self._suspects.found
 
     @property
     def pids(self) -> dict[str, int]:
@@ -192,6 +221,57 @@ class Engine:
                 self._fail("error", f"cannot start: {error.strerror}", process=command.name)
                 return
             self._processes.append(_Process(command.name, child, log))
+
+    def _api(self) -> Api:
+        member, key = self.member, self.around.secrets.get("engine_key", "")
+        return Api(member.address, member.ports["api"], member.served_model, key)
+
+    def _watch_progress(self, now: float) -> None:
+        """From the first token on: a stuck engine is looked at, for 8 s at most, and stopped."""
+        if self._watch is None:
+            self._watch = StallWatch(self._api())
+            self._watch.start()
+        if not self._watch.stalled:
+            return
+        if self._bundle is None:
+            self._look_for_suspects(now)
+            self._start_bundle(self._watch.stalled, with_stacks=True)
+        if self._bundle and self._bundle.is_over:
+            message = "; ".join((self._watch.stalled, *self.suspects))
+            hint = f"What its processes did is in {self._bundle.folder} on {self.around.node}."
+            if self._bundle.problem:
+                hint = f"What its processes did could not be kept: {self._bundle.problem}"
+            self._fail("stall", message, hint=hint)
+
+    def _look_for_suspects(self, now: float) -> None:
+        """Only while serving: a process that loads weights is often in state D for long, and
+        what was found last is told on while the engine is ended."""
+        if self.is_serving and not self.is_stopping:
+            self._suspects.look(now, self._own_pids())
+
+    def _own_pids(self) -> list[int]:
+        started = [process.child.pid for process in self._processes]
+        return [process.pid for process in self.reaper.below(started)]
+
+    def _start_bundle(self, why: str, *, with_stacks: bool = False, within_s: float = 0.0) -> None:
+        around, generation = self.around, self.member.generation
+        health = self.newest_health()
+
+        def run(arguments: list[str], timeout_s: float) -> tuple[int, str]:
+            return self.reaper.run(arguments, around.environment, timeout_s)
+
+        self._bundle = Bundle(
+            bundle.Subject(
+                folder=around.evidence / f"g{generation}",
+                why="; ".join((why, *(one for one in self.suspects if one not in why))),
+                pids=tuple(self._own_pids()),
+                logs=tuple(process.log for process in self._processes),
+                health_json=health.model_dump_json(indent=1) if health else "",
+                secrets={**bundle.secrets_in(around.environment), **around.secrets},
+                run=run if with_stacks else None,
+            )
+        )
+        self._bundle.start(within_s)
 
     def _rehearses(self) -> bool:
         return self._rehearsal is not None and self._rehearsal.printed is None

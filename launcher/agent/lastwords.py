@@ -17,6 +17,8 @@ _ECHO = re.compile(
     r"|WorkerProc initialization failed"
     r"|Engine core initialization failed|resource_tracker|SystemExit|KeyboardInterrupt"
 )
+# The access log tells of what the gateway and we ask all the time.
+_OWN_QUESTION = re.compile(r'"GET /(metrics|health) HTTP')
 CAUSE_MAX = 400
 
 
@@ -29,6 +31,11 @@ def cause(log: str) -> str:
     return ""
 
 
-def tail(log: str, lines: int = 20) -> str:
-    kept = [line.rstrip()[:500] for line in log.splitlines() if line.strip()]
+def tail(log: str, lines: int = 20, width: int = 500) -> str:
+    """Its last lines, but for empty ones and those about our own questions."""
+    kept = [
+        line.rstrip()[:width]
+        for line in log.splitlines()
+        if line.strip() and not _OWN_QUESTION.search(line)
+    ]
     return "\n".join(kept[-lines:])

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,12 @@ import psutil
 MARK_VARIABLE = "LAUNCHER_MARK"
 SCRATCH_MARK = ".mark"
 _SHORT_ROOT = 16
+# What an engine starts to compile a kernel; by these names we only look, and end nobody.
+_COMPILERS = {
+    *("ptxas", "cicc", "nvcc", "cudafe++", "nvlink", "fatbinary", "ninja", "cc1", "cc1plus"),
+    *("gcc", "g++", "cc", "c++", "as", "ld", "collect2", "clang", "clang++", "lld", "ld.lld"),
+    *("hipcc", "amdclang++", "icpx", "ocloc"),
+}
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -107,6 +114,17 @@ class Reaper:
             self._own[child.pid] = child
         return child
 
+    def below(self, own: Collection[int]) -> list[psutil.Process]:
+        """What runs below us: these children and every orphan, with all of theirs; no helper."""
+        with self._lock:
+            helpers = set(self._own).difference(own)
+        found = []
+        for child in psutil.Process().children():
+            if child.pid not in helpers:
+                with contextlib.suppress(psutil.Error):
+                    found += [child, *child.children(recursive=True)]
+        return [one for one in found if _status(one) not in (None, psutil.STATUS_ZOMBIE)]
+
     def collect_adopted(self) -> None:
         """Reap zombies that were handed to us when their parents died."""
         with self._lock:
@@ -137,6 +155,16 @@ def descendants() -> list[psutil.Process]:
         for process in psutil.Process().children(recursive=True)
         if _status(process) not in (None, psutil.STATUS_ZOMBIE)
     ]
+
+
+def compiles() -> bool:
+    """Whether a compiler runs below this process."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(OSError):
+            name = Path(f"/proc/{process.pid}/comm").read_text(encoding="utf-8", errors="replace")
+            if name.strip() in _COMPILERS:
+                return True
+    return False
 
 
 def marked(mark: str) -> list[psutil.Process]:

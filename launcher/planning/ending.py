@@ -80,7 +80,8 @@ def clear(draft: Draft, replica: ReplicaRecord) -> None:
             continue  # the next generation is new work
         order = draft.record.order(seat)
         if order is None or order.goal == "rank":
-            draft.do(Assign(replica.name, seat, _idle(draft, seat)))
+            failed = not replica.is_restarted_by_a_person
+            draft.do(Assign(replica.name, seat, _idle(draft, seat, after_failure=failed)))
             awaited.append(seat.node)
         elif not _is_idle(draft, seat, order):
             if waited > STOP_CONFIRM_S:
@@ -124,12 +125,13 @@ def _give_everything_back(draft: Draft, replica: ReplicaRecord) -> None:
             draft.do(End(replica.name, name, "reschedule: resubmit"))
 
 
-def _idle(draft: Draft, seat: Seat) -> Assignment:
+def _idle(draft: Draft, seat: Seat, *, after_failure: bool) -> Assignment:
     return Assignment(
         revision=draft.record.revision(seat) + 1,
         goal="idle",
         reason="the generation is over",
         stop_grace_s=ENGINE_GRACE_S,
+        after_failure=after_failure,
     )
 
 
@@ -179,7 +181,9 @@ def _stop(draft: Draft, replica: ReplicaRecord, seat: Seat, drain_s: int) -> Ass
     leads = seat == replica.seats[0]
     grace_s = ENGINE_GRACE_S if replica.failure else drain_s if leads else FOLLOWER_GRACE_S
     reason = replica.failure.message if replica.failure else "down"
-    return Assign(replica.name, seat, stopped(draft, seat, grace_s, reason))
+    order = stopped(draft, seat, grace_s, reason)
+    failed = replica.failure is not None
+    return Assign(replica.name, seat, order.model_copy(update={"after_failure": failed}))
 
 
 def _under_way(draft: Draft, replica: ReplicaRecord) -> str:

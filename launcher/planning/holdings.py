@@ -21,7 +21,9 @@ def settle(draft: Draft) -> None:
     for held in draft.living():
         view = draft.view(held.name)
         if not held.asked and draft.snapshot.ledger.cordons.keys() & set(held.nodes):
-            draft.do(End(held.owner, held.name, "a node of it was cordoned before it was asked for"))
+            draft.do(
+                End(held.owner, held.name, "a node of it was cordoned before it was asked for")
+            )
         elif not held.asked:
             draft.do(Allocate(held.owner, held.number, held.size, held.nodes, held.exclude))
         elif view.state == "running" and held.running_at is None:

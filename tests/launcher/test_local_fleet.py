@@ -371,3 +371,78 @@ def test_an_archive_for_a_report_has_the_logs_and_no_secret(fleet, tmp_path):
     assert not [name for name in names if "secrets" in name or "keys" in name]
     assert not [name for name, text in texts.items() if any(s in text for s in secrets)]
     assert any(b"<secret api_key>" in text for text in texts.values())
+
+
+def stalls_of(fleet) -> dict[str, dict]:
+    """Failures by replica, once every replica has one."""
+    replicas = fleet.status()[1]["replicas"]
+    failures = {one["name"]: one["failure"] for one in replicas if one["failure"]}
+    return failures if len(failures) == len(replicas) else {}
+
+
+def bundles_of(fleet) -> dict[str, dict[str, str]]:
+    """The evidence of the first generation, by node and file."""
+    folders = (fleet.state / fleet.name).glob("runs/1/r*.a1/nodes/n*/evidence/g1")
+    return {
+        folder.parents[1].name: {file.name: file.read_text() for file in folder.iterdir()}
+        for folder in folders
+    }
+
+
+def test_a_stopped_rank_stalls_its_replica_which_is_ended_with_evidence(fleet):
+    """The leader's process of one replica and the follower's of the other, both idle."""
+    fleet.spec["replicas"] = 2
+    fleet.up()
+    secrets = [f.read_text().strip() for f in (fleet.state / fleet.name / "secrets").iterdir()]
+    engines = {process.environ()["LAUNCHER_NODE"]: process for process in fleet.engines()}
+    for node in ("n1", "n4"):
+        engines[node].send_signal(signal.SIGSTOP)
+    assert eventually(lambda: stalls_of(fleet), 35.0), "30 s, and what it takes to tell"
+    r1, r2 = (stalls_of(fleet)[name] for name in ("r1", "r2"))
+    stopped = {node: f"process {engines[node].pid} (" for node in engines}
+    assert "stalled: no token for " in r1["message"]
+    assert "/health does not answer" in r1["message"]
+    assert stopped["n1"] in r1["message"] and "is stopped (SIGSTOP?)" in r1["message"]
+    assert r1["where"] == "node n1"
+    assert "stalled: no token for " in r2["message"]
+    assert "/health answers 200" in r2["message"]
+    assert f"on n4: {stopped['n4']}" in r2["message"]
+    assert r2["where"] == "node n4"
+    assert eventually(lambda: fleet.status()[1]["finished"], 30.0)
+    assert fleet.engines() == []
+    assert fleet.status()[0] == 1
+    bundles = bundles_of(fleet)
+    assert set(bundles) == {"n1", "n2", "n3", "n4"}
+    for node in ("n1", "n4"):
+        assert f"process {engines[node].pid} " in bundles[node]["processes.txt"]
+        assert "state T" in bundles[node]["processes.txt"]
+    assert "fake engine" in bundles["n1"]["log-g1.serve.txt"]
+    for node in ("n2", "n4"):  # told by the lease, or by the controller where that was faster
+        assert (
+            "ended its part" in bundles[node]["about.txt"]
+            or "stalled" in (bundles[node]["about.txt"])
+        )
+    assert "stalled" in bundles["n3"]["about.txt"]
+    texts = "".join(text for files in bundles.values() for text in files.values())
+    assert not [secret for secret in secrets if secret in texts]
+
+
+def test_an_engine_that_hangs_with_requests_is_ended_though_its_health_answers(fleet):
+    import http.client
+
+    fleet.spec["env"] = {"FAKE_ENGINE_FAULT": "stall", "FAKE_ENGINE_STALL_AFTER": "1"}
+    _, document, _ = fleet.up()
+    host, port = document["replicas"][0]["endpoint"].split("/")[2].split(":")
+    key = (fleet.state / fleet.name / "secrets/engine_key").read_text().strip()
+    asked = [http.client.HTTPConnection(host, int(port)) for _ in range(3)]
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    for one in asked:
+        one.request("POST", "/v1/completions", json.dumps({"model": fleet.name}), headers)
+    assert eventually(lambda: stalls_of(fleet), 35.0)
+    message = stalls_of(fleet)["r1"]["message"]
+    assert "stalled: no token for 2" in message
+    assert "requests run; /health answers 200" in message
+    assert eventually(lambda: fleet.engines() == [], 15.0)
+    assert fleet.status()[0] == 1
+    for one in asked:
+        one.close()

@@ -1,4 +1,4 @@
-"""`python -m tests.simulation --seeds A-B`: run them, on all cores; a failing one is told whole."""
+"""`python -m tests.simulation --seeds A-B`: run them on all cores; a failing one is told whole."""
 
 import argparse
 import logging

@@ -13,7 +13,7 @@ from launcher.snapshot import AllocationView
 from tests.simulation.world import SimError, World
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The controller dies at this instant."""
 
 
@@ -47,14 +47,14 @@ class SimBackend:
         """Whether the act's answer is lost. Raises where it is not done at all."""
         self.acts.append(name)
         if self.rng.random() < self.mischief.killed:
-            raise Killed
+            raise KilledError
         if self.rng.random() < self.mischief.lost_before:
             raise self._error()
         return self.rng.random() < self.mischief.lost_after
 
     def _end(self, *, lost: bool) -> None:
         if self.rng.random() < self.mischief.killed:
-            raise Killed
+            raise KilledError
         if lost:
             raise self._error()
 

@@ -9,7 +9,7 @@ from tests.simulation.world import Agent, World
 UNDISTURBED_S = 15.0
 
 
-class Broken(AssertionError):
+class BrokenError(AssertionError):
     """An invariant does not hold."""
 
 
@@ -20,7 +20,7 @@ def one_engine_per_node(world: World) -> None:
         holders.setdefault(agent.node, set()).add(engine.scope)
     for node, scopes in holders.items():
         if len(scopes) > 1:
-            raise Broken(f"{node} holds {sorted(scopes)} at once")
+            raise BrokenError(f"{node} holds {sorted(scopes)} at once")
 
 
 def nothing_serves_twice(world: World) -> None:
@@ -36,7 +36,7 @@ def nothing_serves_twice(world: World) -> None:
             and engine.serving
             and not told_to_end
         ):
-            raise Broken(f"{engine.scope} still serves on {agent.node} beside its successor")
+            raise BrokenError(f"{engine.scope} still serves on {agent.node} beside its successor")
 
 
 def brake_holds(quarantines: list[tuple[float, str, str]]) -> None:
@@ -48,7 +48,7 @@ def brake_holds(quarantines: list[tuple[float, str, str]]) -> None:
             if other == check and 0 <= when - at < BRAKE_WINDOW_S
         }
         if len(same) > BRAKE_NODES:
-            raise Broken(f"{check}: {sorted(same)} quarantined within minutes")
+            raise BrokenError(f"{check}: {sorted(same)} quarantined within minutes")
 
 
 def nothing_repeated(before: Plan, after: Plan) -> None:
@@ -56,7 +56,7 @@ def nothing_repeated(before: Plan, after: Plan) -> None:
     done = [step for step in before.steps if isinstance(step, Allocate | Assign)]
     for step in after.steps:
         if step in done:
-            raise Broken(f"ordered again: {step}")
+            raise BrokenError(f"ordered again: {step}")
         if isinstance(step, Assign):
             same = [
                 one
@@ -66,7 +66,7 @@ def nothing_repeated(before: Plan, after: Plan) -> None:
                 and _what(one.assignment) == _what(step.assignment)
             ]
             if same:
-                raise Broken(f"the same assignment again: {step}")
+                raise BrokenError(f"the same assignment again: {step}")
 
 
 def _what(assignment: Assignment) -> Assignment:
@@ -109,7 +109,7 @@ class Undisturbed:
                 continue
             since = self._well_since.get(owner, world.now)
             if world.now - since > UNDISTURBED_S:
-                raise Broken(
+                raise BrokenError(
                     f"{owner} is well and was told: {step.assignment.goal} on {step.seat}"
                 )
 

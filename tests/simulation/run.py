@@ -23,7 +23,7 @@ from launcher.verdicts import replica_phase
 from launcher.wish import Wish
 from tests.simulation import invariants
 from tests.simulation.backends import (
-    Killed,
+    KilledError,
     Mischief,
     SimBackend,
     SimClock,
@@ -31,7 +31,7 @@ from tests.simulation.backends import (
     SimPulse,
     SimSlurm,
 )
-from tests.simulation.invariants import Broken, Undisturbed
+from tests.simulation.invariants import BrokenError, Undisturbed
 from tests.simulation.scenario import FAULTS_FOR_S, Fault, Scenario, context_of, draw
 from tests.simulation.world import World
 
@@ -64,7 +64,7 @@ class SimStore:
 
     def save(self, record: RunRecord) -> None:
         if self._sim.rng.random() < self._sim.mischief.killed:
-            raise Killed
+            raise KilledError
         if self.full:
             raise StateError("the disk is full", where="record.json")
         self.kept = record
@@ -193,7 +193,7 @@ class Simulation:
                 self._start_controller()
             assert self.loop is not None
             return self._round(self.loop)
-        except Killed:
+        except KilledError:
             self.world.tell("the controller is killed")
             self.outcome.restarts += 1
             self.loop = None
@@ -209,10 +209,10 @@ class Simulation:
         plan = make_plan(self.context, loop.record, snapshot)
         again = make_plan(self.context, loop.record, snapshot)
         if plan != again:
-            raise Broken("the same snapshot gave two plans")
+            raise BrokenError("the same snapshot gave two plans")
         checked = loop.plan(snapshot)
         if checked.steps != plan.steps:
-            raise Broken(f"the linter refused: {'; '.join(checked.waiting_for)}")
+            raise BrokenError(f"the linter refused: {'; '.join(checked.waiting_for)}")
         if self.wish.desired == "up":
             self.undisturbed.check(self.world, loop.record, plan)
         for step in plan.steps:
@@ -230,32 +230,39 @@ class Simulation:
 
     def _check_cordons(self, step: object) -> None:
         if isinstance(step, Quarantine) and step.cordon.node not in self.world.nodes:
-            raise Broken(f"{step.cordon.node} is no node")
+            raise BrokenError(f"{step.cordon.node} is no node")
 
     # --- faults ---
 
     def _inject(self, fault: Fault) -> None:
-        world, node, until = self.world, fault.node, self.world.now + fault.for_s
-        world.tell(f"FAULT {fault.kind} {node} for {fault.for_s:.0f} s")
+        until = self.world.now + fault.for_s
+        self.world.tell(f"FAULT {fault.kind} {fault.node} for {fault.for_s:.0f} s")
+        if fault.kind in ("agent", "engine", "stubborn"):
+            self._at_agent(fault, until)
+        elif fault.kind in ("power", "cut", "switch"):
+            self._at_machine(fault, until)
+        else:
+            self._at_controller(fault, until)
+
+    def _at_machine(self, fault: Fault, until: float) -> None:
+        world, node = self.world, fault.node
+        if fault.kind == "power":
+            world.power_off(node)
+            self._repairs.append((until, lambda: world.power_on(node)))
+            return
+        for name in [node] if fault.kind == "cut" else list(world.nodes)[::2]:
+            world.link(name, up=False)
+            self._repairs.append((until, lambda name=name: world.link(name, up=True)))
+
+    def _at_controller(self, fault: Fault, until: float) -> None:
+        node = fault.node
         match fault.kind:
-            case "power":
-                world.power_off(node)
-                self._repairs.append((until, lambda: world.power_on(node)))
-            case "cut":
-                world.link(node, up=False)
-                self._repairs.append((until, lambda: world.link(node, up=True)))
-            case "switch":
-                for name in list(world.nodes)[::2]:
-                    world.link(name, up=False)
-                    self._repairs.append((until, lambda name=name: world.link(name, up=True)))
-            case "agent" | "engine" | "stubborn":
-                self._at_agent(fault, until)
             case "deaf":
                 self._deaf_until[node] = until
             case "unfit":
-                world.nodes[node].fault = "gpu.remap_failed"
+                self.world.nodes[node].fault = "gpu.remap_failed"
             case "cordon":
-                cordon = Cordon(node=node, kind="manual", reason="x", at=world.now, by="me")
+                cordon = Cordon(node=node, kind="manual", reason="x", at=self.world.now, by="me")
                 self.store.cordons = self.store.cordons.with_cordon(cordon)
                 self._repairs.append((until, lambda: self._uncordon(node)))
             case "restart":
@@ -272,7 +279,7 @@ class Simulation:
                 self.store.full = True
                 self._repairs.append((until, self._disk_free))
             case _:
-                raise Broken(f"no such fault: {fault.kind}")
+                raise BrokenError(f"no such fault: {fault.kind}")
 
     def _at_agent(self, fault: Fault, until: float) -> None:
         there = [a for a in self.world.agents.values() if a.alive and a.node == fault.node]
@@ -342,7 +349,7 @@ class Simulation:
             elif self.world.now - at_rest_since > RESTED_S:
                 self._check_plan_is_empty()
                 return
-        raise Broken(f"no rest after {REST_WITHIN_S:.0f} s: {self._state()}")
+        raise BrokenError(f"no rest after {REST_WITHIN_S:.0f} s: {self._state()}")
 
     def _rests(self) -> bool:
         assert self.loop is not None
@@ -355,7 +362,7 @@ class Simulation:
         snapshot = self.loop.look(self.wish, GatewayView(is_up=True))
         plan = make_plan(self.context, self.record, snapshot)
         if plan.steps or plan.waiting_for:
-            raise Broken(f"the plan of a fleet at rest is not empty: {plan}")
+            raise BrokenError(f"the plan of a fleet at rest is not empty: {plan}")
         sitting = {(s.allocation, s.node) for r in self.record.replicas.values() for s in r.seats}
         warm = [
             agent for key, agent in self.world.agents.items() if agent.alive and key not in sitting
@@ -365,7 +372,7 @@ class Simulation:
             # Under Slurm a job keeps a node that it does not need as long as it has seats.
             extra = [a for a in warm if any(s[0] == a.allocation for s in sitting)]
             if len(warm) - len(extra) > self.scenario.spares or not extra:
-                raise Broken(f"{self.scenario.spares} spares are wanted, there are {names}")
+                raise BrokenError(f"{self.scenario.spares} spares are wanted, there are {names}")
 
     def _end(self) -> None:
         if self._finished:
@@ -376,7 +383,7 @@ class Simulation:
         while not self._finished:
             self._turn()
             if self.world.now - began > DOWN_WITHIN_S:
-                raise Broken(f"down does not end: {self._state()}")
+                raise BrokenError(f"down does not end: {self._state()}")
         self._check_nothing_left()
 
     def _check_nothing_left(self) -> None:
@@ -388,10 +395,10 @@ class Simulation:
             self.backend._schedule()
             jobs = [job.name for job in self.backend.jobs.values() if job.state != "gone"]
             if jobs:
-                raise Broken(f"jobs are left: {jobs}")
+                raise BrokenError(f"jobs are left: {jobs}")
         left = [f"{a.allocation}/{a.node}" for a in self.world.agents.values() if a.alive]
         if left:
-            raise Broken(f"agents are left: {left}")
+            raise BrokenError(f"agents are left: {left}")
 
     def _state(self) -> str:
         record = self.store.kept
@@ -416,9 +423,9 @@ def run_seed(seed: int) -> Outcome:
     try:
         simulation = Simulation(draw(seed))
         simulation.run()
-    except Broken as error:
+    except BrokenError as error:
         broken = str(error)
-    except Exception:  # a crash of our own code is what this is for
+    except Exception:  # noqa: BLE001 - a crash of our own code is what this is for
         broken = traceback.format_exc(limit=-6)
     else:
         return simulation.outcome
