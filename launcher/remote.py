@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from launcher.errors import FleetError, RemoteError, RemoteKind
 CONNECT_TIMEOUT_S = 8.0
 COMMAND_TIMEOUT_S = 60.0
 FILE_TIMEOUT_S = 5.0
+POLL_PATIENCE_S = 3.0
 FAN_OUT_MAX = 32
 THREADS_MAX = 512
 READ_MAX_BYTES = 8 * 1024 * 1024
@@ -269,6 +270,35 @@ class Fleet:
         threads = max(1, min(len(self.hosts), THREADS_MAX))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ssh")
         self._unfinished: dict[str, Future[Any]] = {}
+        self._polled: dict[tuple[str, str], tuple[float, Future[Any]]] = {}
+
+    def poll(
+        self, about: str, names: Iterable[str], do: Callable[[Host], T], wait_s: float
+    ) -> dict[str, T | RemoteError | None]:
+        """As `each`, but a slow host holds up nobody: None while its answer is on its way, which
+        the next poll about the same thing takes; an error once that has lasted too long."""
+        answers: dict[str, T | RemoteError | None] = {}
+        asked: dict[str, tuple[float, Future[T]]] = {}
+        for name in names:
+            answers[name] = None
+            before = self._unfinished.get(name)
+            if (about, name) not in self._polled and (before is None or before.done()):
+                future = self._unfinished[name] = self._pool.submit(do, self.hosts[name])
+                self._polled[about, name] = (time.monotonic(), future)
+            if (about, name) in self._polled:
+                asked[name] = self._polled[about, name]
+        wait([future for _, future in asked.values()], timeout=wait_s)
+        for name, (began, future) in asked.items():
+            if future.done():
+                del self._polled[about, name]
+                try:
+                    answers[name] = future.result()
+                except RemoteError as error:
+                    answers[name] = error
+            elif (lasted_s := time.monotonic() - began) > POLL_PATIENCE_S:
+                message = f"has not answered for {lasted_s:.0f} s"
+                answers[name] = RemoteError("timeout", message, where=name)
+        return answers
 
     def each(
         self, names: Iterable[str], do: Callable[[Host], T], deadline_s: float

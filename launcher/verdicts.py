@@ -12,6 +12,8 @@ from launcher.snapshot import NOTHING, NodeView, Snapshot
 HEARTBEAT_LOST_S = 5.0
 BEAT_LOST_WITH_HEARTBEAT_S = 12.0
 BEAT_LOST_ALONE_S = 60.0
+STORY_S = 3.0
+QUIET_S = 10.0
 
 ReplicaPhase = Literal[
     "pending", "starting", "preflight", "joining", "serving", "draining", "stopped", "failed"
@@ -39,6 +41,11 @@ def is_silent(view: NodeView) -> bool:
     if view.heartbeat_silent_s is None or view.ended:
         return is_lost(view)
     return view.heartbeat_silent_s > HEARTBEAT_LOST_S / 2
+
+
+def is_quiet(view: NodeView) -> bool:
+    """Whether it does not answer over the network, though its reports may still come."""
+    return view.heartbeat_silent_s is not None and view.heartbeat_silent_s > QUIET_S
 
 
 def node_phase(view: NodeView) -> str:
@@ -118,8 +125,8 @@ def first_failure(
     accused = [evidence for evidence in evidences.values() if evidence.kind == "lost_peer"]
     for accusation in sorted(accused, key=lambda evidence: evidence.at):
         peer = views.get(accusation.process)
-        if accusation.process in evidences:
-            continue
+        if accusation.process in evidences and evidences[accusation.process] in own:
+            continue  # it has died of something; where both accuse, the silent one is lost
         if peer is None or is_silent(peer):
             return _lost(accusation.process, accusation.at, peer, accusation)
     if own:
@@ -132,6 +139,8 @@ def first_failure(
             )
     if accused:
         evidence = min(accused, key=lambda accusation: accusation.at)
+        if 0 <= now - evidence.at < STORY_S:
+            return None  # who is accused answers us: what it says itself is on its way
         return _lost(evidence.process, evidence.at, views.get(evidence.process), evidence)
     return None
 

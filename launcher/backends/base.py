@@ -106,7 +106,7 @@ class Backend(Protocol):
     def release(self, allocation: Allocation, nodes: tuple[str, ...] | None = None) -> None:
         """Give the nodes back and remove what is left; harmless when repeated.
 
-        nodes: only these, where an allocation is more than one thing (never asked of Slurm).
+        nodes: only these; a Slurm job gets smaller, as far as its cluster allows.
         """
 
     def logs(self, allocation: Allocation, node: str) -> list[str]:

@@ -117,6 +117,10 @@ class Slurm(SharedFiles):
 
     def release(self, allocation: Allocation, nodes: tuple[str, ...] | None = None) -> None:
         job = self._job(allocation)
+        if nodes is not None:
+            if job is not None and job.state == "running":
+                _shrink(job, nodes)
+            return
         if job is not None and job.state != "ended":
             jobs.cancel(job.identity)
         self.forget_secrets(allocation)
@@ -175,6 +179,14 @@ class Slurm(SharedFiles):
             "COMPLETING": "it is ending",
         }
         return f"Slurm job {job.identity}: {words.get(job.slurm_state, job.slurm_state)}{told}"
+
+
+def _shrink(job: Job, nodes: tuple[str, ...]) -> None:
+    """Give these nodes of a running job back. The batch host cannot go: its node stays, idle."""
+    going = set(nodes) - {job.batch_host}
+    kept = tuple(node for node in job.nodes if node not in going)
+    if kept and kept != job.nodes:
+        jobs.shrink(job.identity, kept)
 
 
 def _is_ours(job: Job, allocation: Allocation, known: SubmitRecord | None) -> bool:

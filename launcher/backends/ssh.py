@@ -19,7 +19,8 @@ from launcher.remote import Fleet, Host
 from launcher.snapshot import AllocationView
 from launcher.spec import FleetSpec
 
-LOOK_DEADLINE_S = 6.0
+LOOK_WAIT_S = 0.5  # a host that hangs must not keep the others from being looked at
+ASSIGN_DEADLINE_S = 6.0
 START_DEADLINE_S = 60.0
 RETRY_AFTER_S = 3.0
 LOG_KEPT_BYTES = 4 * 1024 * 1024
@@ -137,13 +138,16 @@ class SshHosts:
             return Seen(parse_document(raw, Report, path)) if raw is not None else Seen()
 
         seen = {name: Seen(problem=self._resting[name][1]) for name in nodes if name not in awake}
-        for name, answer in self.fleet().each(awake, read, LOOK_DEADLINE_S).items():
+        answers = self.fleet().poll(allocation.name, awake, read, LOOK_WAIT_S)
+        for name, answer in answers.items():
             if isinstance(answer, RemoteError):
                 self._resting[name] = (time.monotonic(), answer.message)
                 seen[name] = Seen(problem=answer.message)
-            else:
+            elif answer is not None:
                 self._resting.pop(name, None)
                 seen[name] = answer
+            else:
+                seen[name] = Seen()
         return seen
 
     def assign(self, allocation: Allocation, node: str, assignment: Assignment) -> None:
@@ -154,7 +158,7 @@ class SshHosts:
             path = f"{self._base(allocation, node)}/nodes/{node}/assignment.json"
             host.write(path, assignment.model_dump_json(indent=1).encode())
 
-        answer = self.fleet().each([node], write, LOOK_DEADLINE_S)[node]
+        answer = self.fleet().each([node], write, ASSIGN_DEADLINE_S)[node]
         if isinstance(answer, RemoteError):
             raise answer
 

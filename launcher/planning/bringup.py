@@ -219,6 +219,11 @@ def _addresses(
     if not chosen.is_final and draft.now - asked_at <= draft.context.spec.limits.agents:
         draft.wait(replica.name, "the nodes to hear each other over the network")
         return None
+    if (
+        replica.served and len(replica.seats) > 1
+    ):  # it goes on with another in the last one's place
+        draft.do(Sit(replica.name, replica.seats[:-1], chosen.message))
+        return None
     failure = Failure(
         code="preflight",
         exit_code=3,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from launcher.record import AllocationRecord, ReplicaRecord, RunRecord, Seat
 from launcher.snapshot import NOTHING, AllocationView, NodeView, Snapshot
 from launcher.steps import Allocate, Context, Step
-from launcher.verdicts import is_dead, is_lost
+from launcher.verdicts import is_dead, is_lost, is_silent
 
 
 @dataclass
@@ -68,6 +68,11 @@ class Draft:
             return self.now - (held.running_at or self.now) <= limit_s
         return not is_lost(agent) and not is_dead(agent) and not self.is_told_to_stop(seat)
 
+    def is_fresh(self, seat: Seat) -> bool:
+        """Whether a rank may be given there: usable, and not about to be found lost."""
+        agent = self.snapshot.agent(seat)
+        return self.is_usable(seat) and (agent.report is None or not is_silent(agent))
+
     def is_told_to_stop(self, seat: Seat) -> bool:
         order = self.record.order(seat)
         return order is not None and order.goal == "stopped"
@@ -83,6 +88,14 @@ class Draft:
         barred = held | self.asked | self.snapshot.ledger.cordons.keys()
         free = [node for node in self.context.pool if node not in barred]
         return sorted(free, key=lambda node: (self._is_doubtful(node), self.distance(node, near)))
+
+    def refused(self, size: int) -> set[str]:
+        """Nodes that Slurm shall not choose. A spare beside the rank that it is to replace would
+        die with it: who is asked for alone must not come onto a node of ours."""
+        refused = self.snapshot.ledger.cordons.keys() & set(self.context.known)
+        if size < self.context.spec.nodes or self.context.spec.nodes == 1:
+            refused |= {node for held in self.living() for node in held.nodes}
+        return refused
 
     def distance(self, node: str, near: tuple[str, ...]) -> int:
         """How far a node is from a replica's others: 0 same switch, 1 same rack, 2 neither."""
@@ -105,7 +118,7 @@ class Draft:
         number = self.record.counts.get(owner, 0) + 1
         exclude: tuple[str, ...] = ()
         if not self.context.pool:
-            exclude = tuple(sorted(self.snapshot.ledger.cordons.keys() & set(self.context.known)))
+            exclude = tuple(sorted(self.refused(size)))
         self.asked |= set(nodes)
         self.do(Allocate(owner, number, size, nodes, exclude))
 

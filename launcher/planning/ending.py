@@ -1,5 +1,6 @@
 """The end of a generation: for good (`down`, a failure), or for the next one. Pure."""
 
+from inventory import nodeset
 from launcher.attribution import node_of
 from launcher.documents import Assignment
 from launcher.planning.draft import Draft, agent_views
@@ -93,8 +94,8 @@ def clear(draft: Draft, replica: ReplicaRecord) -> None:
         draft.wait(replica.name, f"{', '.join(awaited)} to end its engine")
         return
     if tuple(kept) != replica.seats:
-        gone = ", ".join(seat.node for seat in replica.seats if seat not in kept)
-        draft.do(Sit(replica.name, tuple(kept), f"{gone} is given up"))
+        gone = nodeset.fold([seat.node for seat in replica.seats if seat not in kept])
+        draft.do(Sit(replica.name, tuple(kept), f"without {gone}"))
     lost_some = tuple(kept) != replica.seats
     begins_anew = not draft.context.pool and not replica.served and lost_some
     if draft.context.spec.reschedule == "resubmit" or begins_anew:

@@ -1,13 +1,12 @@
 """A replica's seats: who survived, then who stands by, then who must be asked for. Pure."""
 
+from inventory import nodeset
 from launcher.attribution import back_off_s
 from launcher.planning.draft import Draft
-from launcher.planning.holdings import candidates
+from launcher.planning.holdings import QUEUE_PATIENCE_S, candidates
 from launcher.record import AllocationRecord, Failure, ReplicaRecord, Seat
 from launcher.steps import Fail, Sit
-from launcher.verdicts import is_dead
-
-QUEUE_PATIENCE_S = 60.0  # ours: an idle cluster starts a job within two seconds
+from launcher.verdicts import is_dead, is_quiet
 
 
 def seat(draft: Draft, replica: ReplicaRecord) -> bool:
@@ -17,6 +16,8 @@ def seat(draft: Draft, replica: ReplicaRecord) -> bool:
     # An agent that never reported is given up by bring_up, which says so; not before.
     if not replica.served:
         kept = tuple(one for one in replica.seats if one in kept or not _is_lost(draft, one))
+    if replica.served:
+        kept = tuple(one for one in kept if not is_quiet(draft.snapshot.agent(one)))
     barred = draft.snapshot.ledger.cordons.keys()
     kept = tuple(one for one in kept if one.node not in barred and one not in given_away)
     size = draft.context.spec.nodes
@@ -68,7 +69,7 @@ def _own_seats(draft: Draft, replica: ReplicaRecord) -> list[Seat]:
         if held.owner == replica.name and held.running_at is not None
         for node in held.nodes
         if (place := Seat(node=node, allocation=held.name)) not in sitting
-        and draft.is_usable(place)
+        and draft.is_fresh(place)
         and node not in draft.snapshot.ledger.cordons
     ]
 
@@ -87,7 +88,7 @@ def _from_later_replicas(draft: Draft, replica: ReplicaRecord) -> list[Seat]:
         and not other.over
         and len([s for s in other.seats if draft.is_usable(s)]) < draft.context.spec.nodes
         for one in other.seats
-        if draft.is_usable(one)
+        if draft.is_fresh(one)
     ]
 
 
@@ -112,11 +113,11 @@ def _story(replica: ReplicaRecord, found: list[Seat]) -> str:
     before, after = set(replica.seats), set(found)
     if not before and not replica.served:
         return ""
-    gone = ", ".join(one.node for one in replica.seats if one not in after)
-    come = ", ".join(one.node for one in found if one not in before)
+    gone = nodeset.fold([one.node for one in replica.seats if one not in after])
+    come = nodeset.fold([one.node for one in found if one not in before])
     if gone and come:
-        return f"{come} takes the place of {gone}"
-    return f"{come} takes a place" if come else f"{gone} is given up"
+        return f"{come} instead of {gone}"
+    return f"joined by {come}" if come else f"without {gone}"
 
 
 def _ask_for(draft: Draft, replica: ReplicaRecord, missing: int, near: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ from launcher.verdicts import is_dead, is_lost
 STOP_CONFIRM_S = 20.0
 REMIND_AFTER_S = 3.0
 PAUSE_MAX_S = 60.0
+QUEUE_PATIENCE_S = 60.0  # ours: an idle cluster starts a job within two seconds
 AWAY_KEPT_S = 60.0  # a job of whose agents none answers is given back after this
 
 
@@ -28,9 +29,14 @@ def settle(draft: Draft) -> None:
             draft.do(Allocate(held.owner, held.number, held.size, held.nodes, held.exclude))
         elif view.state == "running" and held.running_at is None:
             draft.do(Settle(held.owner, held.name, view.nodes))
-        elif view.state == "pending" and set(held.exclude) - draft.snapshot.ledger.cordons.keys():
+        elif view.state == "pending" and _is_outdated(draft, held):
             # It would wait for ever for other nodes, while those it refuses are good again.
-            draft.do(End(held.owner, held.name, "a node that it refuses was uncordoned"))
+            draft.do(End(held.owner, held.name, "a node that it refuses is free again"))
+
+
+def _is_outdated(draft: Draft, held: AllocationRecord) -> bool:
+    waits_long = draft.now - held.requested_at > QUEUE_PATIENCE_S
+    return waits_long and bool(set(held.exclude) - draft.refused(held.size))
 
 
 def remind(draft: Draft) -> None:
@@ -107,7 +113,7 @@ def _is_fit(draft: Draft, seat: Seat) -> bool:
     if report.health is not None and report.health.unfit:
         return False
     order = draft.record.order(seat)
-    if order is None or order.goal != "idle":
+    if order is None or order.goal != "idle" or not draft.is_fresh(seat):
         return False
     return report.phase == "warm" and report.assignment_revision == order.revision
 
@@ -122,7 +128,7 @@ def _keep(draft: Draft, seat: Seat) -> bool:
         return False
     report = draft.snapshot.agent(seat).report
     if report is None:
-        return True  # its agent is on its way
+        return draft.snapshot.agent(seat).reachable  # its agent is on its way
     unfit = (report.facts.unfit if report.facts else ()) or (
         report.health.unfit if report.health else ()
     )
@@ -222,7 +228,8 @@ def _clear_away_the_dead(draft: Draft) -> None:
         )
         if gone and not _rests(held.retry_at, draft.now):
             whole = set(gone) == set(held.nodes)
-            draft.do(Release(held.owner, held.name, gone, whole=whole, insists=True))
+            insists = bool(draft.context.pool)  # a job that cannot be made smaller stays as it is
+            draft.do(Release(held.owner, held.name, gone, whole=whole, insists=insists))
 
 
 def _never_came(draft: Draft, held: AllocationRecord, seat: Seat) -> bool:
@@ -275,6 +282,12 @@ def _have_spares(draft: Draft, kept: list[Seat]) -> None:
     _ask_for_spares(draft, missing)
 
 
+def _is_asking(draft: Draft) -> bool:
+    """Whether nodes are on their way of which it is not known yet which they are."""
+    pending = any(held.running_at is None for held in draft.living())
+    return pending or any(isinstance(step, Allocate) for step in draft.steps)
+
+
 def _rests(until: float, now: float) -> bool:
     """Whether a pause goes on; a clock that was set back does not prolong it."""
     return 0 < until - now <= PAUSE_MAX_S
@@ -309,6 +322,8 @@ def _ask_for_spares(draft: Draft, missing: int) -> None:
         if _rests(draft.record.spares_not_before, draft.now):
             why = draft.record.spares_problem
             draft.wait(f"spare {name}", f"the next try ({why})" if why else "the next try")
+        elif not draft.context.pool and _is_asking(draft):
+            draft.wait(f"spare {name}", "the replicas to have their nodes")
         elif not draft.context.pool:
             draft.allocate(name, 1, ())
             draft.wait(f"spare {name}", "a node")

@@ -69,6 +69,12 @@ def cancel(identity: str) -> None:
     runner.run(["scancel", identity])
 
 
+def shrink(identity: str, kept: tuple[str, ...]) -> None:
+    """Leave a running job only these nodes; what runs on the others is killed. Some sites forbid
+    it, and some versions refuse a second time: then SlurmError says so."""
+    runner.run(["scontrol", "update", f"JobId={identity}", f"NodeList={nodeset.fold(list(kept))}"])
+
+
 def parse_job_id(output: str) -> str:
     """`123` or `123;cluster` → `123`."""
     identity = output.strip().split("\n")[-1].split(";")[0].strip()

@@ -223,14 +223,15 @@ class TestSlurmRefuses:
         finally:
             subprocess.run(["scancel", held], check=True)
 
-    def test_scancel_by_somebody_is_seen_and_told(self, spec):
+    def test_scancel_by_somebody_is_told_and_a_new_job_takes_over(self, spec):
         assert spec.up()[0] == 0
-        subprocess.run(["scancel", _job_of(spec)], check=True)
-        assert eventually(lambda: spec.status()[1]["finished"], 60.0)
-        code, document = spec.status()
-        assert code == 1
-        assert "Slurm" in document["error"]["message"] or "node" in document["error"]["where"]
-        assert engine_processes(spec.name) == {}
+        first = _job_of(spec)
+        subprocess.run(["scancel", first], check=True)
+        assert eventually(lambda: spec.status()[1]["replicas"][0]["generation"] == 2, 60.0)
+        assert eventually(lambda: spec.status()[0] == 0, 60.0)
+        replica = spec.status()[1]["replicas"][0]
+        assert first in replica["story"][-2]
+        assert first not in replica["allocation"]
 
     def test_the_one_off_probe_runs_on_a_node(self, spec):
         result = spec.cli("bootstrap", "-f", spec.file)

@@ -1,6 +1,7 @@
 import pytest
 
 from health.report import Finding, NodeFacts
+from launcher.apply import asked as taken
 from launcher.apply import remember
 from launcher.check import lint
 from launcher.documents import Assignment
@@ -83,7 +84,7 @@ def test_allocations_are_counted_over_the_fleets_life():
 def asked(context):
     """Slurm was asked for two nodes; which, it has not said."""
     record = new_record(context, 1, None, NOW)
-    return done(record, make_plan(context, record, nothing_yet()))
+    return taken(done(record, make_plan(context, record, nothing_yet())), "r1.a1")
 
 
 def test_a_pending_job_is_waited_for_with_its_reason():

@@ -1,0 +1,152 @@
+"""Who is lost is replaced: on the testbed with the fake engine, by Slurm and by SSH."""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import bed
+from tests.conftest import ROOT
+from tests.launcher.fleets import FleetUnderTest, ask, engine_processes, eventually, fake_spec
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(params=("slurm", "ssh"))
+def fleet(request, cluster, shared_cli, shared_dir, fake_engine, shared_model, fleet_name):
+    backend = {"slurm": {"partition": "gpu", "walltime": "30m", "exclusive": True}}
+    if request.param == "ssh":
+        request.getfixturevalue("bootstrapped")
+        backend = {"ssh": {"inventory": str(ROOT / ".testbed/inventory.yaml")}}
+    spec = fake_spec(backend, shared_model, fake_engine)
+    spec["limits"] = {"drain": "5s", "start": "30s"}
+    made = FleetUnderTest(shared_dir, shared_cli, fleet_name, spec)
+    yield made
+    print(
+        made.cli("events", "--fleet", fleet_name, "--limit", "500").stdout
+    )  # shown when the test has failed
+    bed.repair(wait_idle=False)
+    made.down()
+    bed.repair()
+    assert engine_processes(fleet_name) == {}
+
+
+def replica_of(fleet, name="r1") -> dict:
+    return next(one for one in fleet.status()[1]["replicas"] if one["name"] == name)
+
+
+def nodes_of(fleet, name="r1") -> list[str]:
+    return [node["node"] for node in replica_of(fleet, name)["nodes"]]
+
+
+def serves_again(fleet, generation: int, name="r1") -> bool:
+    replica = replica_of(fleet, name)
+    return replica["phase"] == "serving" and replica["generation"] >= generation
+
+
+def kill_controller(fleet) -> None:
+    folder = Path(fleet.cli.environment["LAUNCHER_STATE_DIR"]) / fleet.name
+    os.kill(json.loads((folder / "controller.json").read_text())["pid"], 9)
+
+
+def spares(fleet) -> list[str]:
+    return [one["node"] for one in fleet.status()[1]["spares"] if one["phase"] == "warm"]
+
+
+def engines(fleet) -> set[str]:
+    """The nodes on which an engine of this fleet runs (the agent's probes are none)."""
+    return {
+        node
+        for pid, node in engine_processes(fleet.name).items()
+        if b"fake_" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    }
+
+
+class Asking(threading.Thread):
+    """Requests, one after the other, until told to stop; each must be answered."""
+
+    def __init__(self, document: dict) -> None:
+        super().__init__(daemon=True)
+        self._document = document
+        self._enough = threading.Event()
+        self.answered, self.failed, self.longest_s = 0, [], 0.0
+
+    def run(self) -> None:
+        while not self._enough.is_set():
+            began = time.monotonic()
+            try:
+                assert ask(self._document) == "x"
+                self.answered += 1
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is what is counted
+                self.failed.append(repr(error))
+            self.longest_s = max(self.longest_s, time.monotonic() - began)
+
+    def stop(self) -> None:
+        self._enough.set()
+        self.join(60)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_spare_takes_the_place_of_a_host_that_loses_power(fleet, rank):
+    """Rank 0's host is the batch host under Slurm. In one case the controller dies, too."""
+    fleet.spec["spares"] = 1
+    code, document = fleet.up()
+    assert code == 0, document["error"]
+    assert eventually(lambda: len(spares(fleet)) == 1, 30)
+    spare, victim = spares(fleet)[0], nodes_of(fleet)[rank]
+    asking = Asking(document)
+    asking.start()
+    bed.kill(victim)
+    began = time.time()
+    if rank == 1:
+        kill_controller(fleet)
+    assert eventually(lambda: serves_again(fleet, 2), 60.0), fleet.status()
+    asking.stop()
+    replica = replica_of(fleet)
+    assert victim not in nodes_of(fleet)
+    assert spare in nodes_of(fleet)
+    assert fleet.status()[1]["endpoint"] == document["endpoint"]
+    assert any(victim in line for line in replica["story"])
+    assert asking.failed == [], "the address holds requests while the replica is away"
+    assert asking.answered > 0
+    events = fleet.cli("events", "--fleet", fleet.name, "--json").stdout.splitlines()
+    told = next(e for e in map(json.loads, events) if e["event"] == "interrupt")
+    if rank == 0:
+        assert told["at"] - began < 6.0, "detection is a safety bound"
+    bed.start(victim)
+    # A new spare is made, of the fourth host or of the one that came back.
+    assert eventually(lambda: len(spares(fleet)) == 1, 60.0), fleet.status()
+
+
+def test_without_a_spare_it_says_what_it_waits_for_and_takes_a_returned_host(fleet):
+    fleet.spec["replicas"] = 2
+    code, document = fleet.up()
+    assert code == 0, document["error"]
+    victim = nodes_of(fleet, "r2")[1]
+    bed.kill(victim)
+    assert eventually(lambda: replica_of(fleet, "r2")["phase"] != "serving", 15.0)
+    assert ask(document) == "x", "the other replica serves"
+    assert eventually(lambda: any("r2: " in one for one in fleet.status()[1]["waiting_for"]), 30.0)
+    code, status = fleet.status()
+    assert (code, status["phase"], status["error"]["where"]) == (1, "degraded", f"node {victim}")
+    bed.start(victim)
+    assert eventually(lambda: serves_again(fleet, 2, "r2"), 120.0), fleet.status()
+    assert fleet.status()[0] == 0
+
+
+def test_a_cut_host_ends_its_engine_itself_and_is_used_again_when_it_is_back(fleet):
+    fleet.spec["spares"] = 1
+    code, document = fleet.up()
+    assert code == 0, document["error"]
+    assert eventually(lambda: len(spares(fleet)) == 1, 30)
+    victim = nodes_of(fleet)[1]
+    bed.cut(victim)
+    assert eventually(lambda: victim not in engines(fleet), 15.0)
+    assert eventually(lambda: serves_again(fleet, 2), 60.0), fleet.status()
+    assert victim not in engines(fleet), "nothing serves twice"
+    bed.heal(victim)
+    assert eventually(lambda: len(spares(fleet)) == 1, 90.0), fleet.status()
+    assert replica_of(fleet)["generation"] == 2, "its return disturbs nobody"
