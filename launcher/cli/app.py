@@ -299,6 +299,23 @@ def down(file: SpecFile = None, fleet: FleetOption = None, as_json: Json = False
 
 
 @app.command()
+def restart(
+    replica: Annotated[str, typer.Argument(help="A replica, such as r1.")],
+    file: SpecFile = None,
+    fleet: FleetOption = None,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Do not wait until it serves again.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Restart one replica, also one that was given up. Its requests end first."""
+    from launcher.cli import restart as command
+
+    paths = _find(file, fleet)
+    _watched(lambda: command.restart(paths, replica, wait=not no_wait, as_json=as_json))
+
+
+@app.command()
 def support(
     file: SpecFile = None,
     fleet: FleetOption = None,
