@@ -154,6 +154,15 @@ def status(file: SpecFile = None, fleet: FleetOption = None, as_json: Json = Fal
 
 
 @app.command()
+def top(file: SpecFile = None, fleet: FleetOption = None, as_json: Json = False) -> None:
+    """Watch a fleet: its replicas with tokens per second and requests, and its last events."""
+    from launcher.cli import top as command
+
+    paths = _find(file, fleet)
+    _watched(lambda: command.top(paths, as_json=as_json))
+
+
+@app.command()
 def ls(as_json: Json = False) -> None:
     """List all fleets of this user."""
     from launcher.cli import show as command
