@@ -21,6 +21,7 @@ from launcher.check import lint
 from launcher.context import Ground, make_ground, read_secrets
 from launcher.errors import FleetError, StateError
 from launcher.files import make_private, read_document, write_document
+from launcher.herald import Herald
 from launcher.journal import Journal
 from launcher.observe import Observer
 from launcher.paths import FleetPaths
@@ -57,6 +58,7 @@ class Controller:
             raise StateError("is not there", where=str(self.run_paths.spec))
         self.spec = spec
         self.journal = Journal(self.run_paths.journal)
+        self._herald = Herald(paths, wish.run, self.journal)
         self._woken = threading.Event()
         self._beat = 0
         self._started_at = time.time()
@@ -93,6 +95,7 @@ class Controller:
                 self._woken.clear()
         finally:
             pulse.stop()
+            self._herald.close()
             ground.backend.close()
 
     def _round(
@@ -165,6 +168,7 @@ class Controller:
             known=self._known,
             leftover=self._leftover,
         )
+        status = self._herald.look(status)
         last = self._last_status
         fresh = last is not None and status.updated_at - last.updated_at < STATUS_EVERY_S
         if fresh and last is not None:

@@ -86,6 +86,7 @@ class Status(Document):
     leftover: str = ""  # what of the gateway did not end
     controller: str = "running"
     updated_at: float
+    unwell_since: float | None = None  # since when it does not serve as it should
     finished: bool = False
 
     @property

@@ -118,6 +118,7 @@ _STORIES: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "down": lambda _: "is to end",
     "release": _release,
     "failed": lambda event: f"{event.get('step')} did not work: {event.get('error')}",
+    "told": lambda event: f"the {event.get('receiver')} was told: {event.get('about')}",
     "refused": lambda event: f"a plan was refused: {'; '.join(event.get('problems') or [])}",
 }
 
