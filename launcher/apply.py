@@ -10,6 +10,7 @@ from launcher.files import make_private, write_document, write_text
 from launcher.journal import Journal
 from launcher.paths import RunPaths
 from launcher.record import (
+    DRILLS_KEPT,
     INCIDENTS_KEPT,
     AllocationRecord,
     Failure,
@@ -177,7 +178,10 @@ def remember(record: RunRecord, step: Step, now: float) -> RunRecord:
         case Assign(seat=seat, assignment=assignment):
             held = record.allocations[seat.allocation]
             orders = {**held.assignments, seat.node: assignment}
-            return with_allocation(record, held.model_copy(update={"assignments": orders}))
+            drills = (*record.drills, step.drill)[-DRILLS_KEPT:] if step.drill else record.drills
+            return with_allocation(
+                record, held.model_copy(update={"assignments": orders})
+            ).model_copy(update={"drills": drills})
         case End(allocation=name):
             held = record.allocations[name]
             return with_allocation(record, held.model_copy(update={"ending_at": now}))
@@ -325,6 +329,7 @@ def _details(step: Step) -> dict[str, object]:
                 "goal": step.assignment.goal,
                 "revision": step.assignment.revision,
                 "generation": member.generation if member else None,
+                **({"drill": step.assignment.drill} if step.drill else {}),
             }
         case Sit():
             seats = [f"{seat.node} ({seat.allocation})" for seat in step.seats]

@@ -113,6 +113,7 @@ class Controller:
             cordons.read(ground.backend.kind),
             traffic.look(executor.record),
             self.wish.restarts,
+            self.wish.drills,
         )
         traffic.give_orders(executor.record, snapshot)  # before anything is stopped
         plan = make_plan(ground.context, executor.record, snapshot)

@@ -130,6 +130,18 @@ class Assignment(Document):
     peers: tuple[Peer, ...] = ()
     member: Member | None = None
     stop_grace_s: int = 10
+    drill: str = ""  # a fault that whoever is this member already inflicts on itself, once
+
+
+class Drill(BaseModel):
+    """A fault that a person wants to see survived by one generation of a replica."""
+
+    model_config = ConfigDict(frozen=True)
+    id: str
+    replica: str
+    generation: int
+    node: str
+    kind: str
 
 
 class Evidence(BaseModel):

@@ -12,22 +12,27 @@ from typing import Literal
 
 from pydantic import Field
 
-from launcher.documents import Document
+from launcher.documents import Document, Drill
 from launcher.errors import StateError, UsageError
 from launcher.files import make_private, read_document, write_document
 from launcher.paths import FleetPaths
 from launcher.record import RunRecord
 
 DRIVER_STALE_S = 10.0
+DRILLS_KEPT = 20
 
 
 class Wish(Document):
-    """wish.json: this run, up or down. restarts: how often each replica was asked to restart."""
+    """wish.json: this run, up or down. restarts: how often each replica was asked to restart.
+
+    drills: faults that were asked for; the controller remembers which it took up.
+    """
 
     run: int
     desired: Literal["up", "down"]
     at: float
     restarts: dict[str, int] = Field(default_factory=dict)
+    drills: tuple[Drill, ...] = ()
 
 
 class Driver(Document):
@@ -61,6 +66,15 @@ def wish_restart(paths: FleetPaths, wish: Wish, replica: str) -> Wish:
         )
 
     return _add(paths, wish.run, once_more)
+
+
+def wish_drill(paths: FleetPaths, wish: Wish, drill: Drill) -> Wish:
+    """Ask for a fault. Raises UsageError where the run is wished down meanwhile."""
+
+    def one_more(now: Wish) -> Wish:
+        return now.model_copy(update={"drills": (*now.drills, drill)[-DRILLS_KEPT:]})
+
+    return _add(paths, wish.run, one_more)
 
 
 def _add(paths: FleetPaths, run: int, add: Callable[[Wish], Wish]) -> Wish:

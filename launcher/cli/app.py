@@ -325,6 +325,33 @@ def restart(
 
 
 @app.command()
+def drill(
+    kind: Annotated[str, typer.Argument(help="rank, node, hang or disk.")] = "rank",
+    file: SpecFile = None,
+    fleet: FleetOption = None,
+    replica: Annotated[
+        str | None, typer.Option("--replica", help="Whom it hits; the first one otherwise.")
+    ] = None,
+    node: Annotated[
+        str | None, typer.Option("--node", help="Where; the replica's last node otherwise.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Inflict a real fault under load; say how long it took and what requests it cost.
+
+    rank: the engine's process on a node is killed. node: its agent and everything there dies at
+    once. hang: the engine's processes are stopped. disk: the scratch disk is full for a minute.
+
+    A network link cannot be cut without root, so no drill does.
+    """
+    from launcher.cli import drill as command
+
+    paths = _find(file, fleet)
+    _watched(lambda: command.drill(paths, kind, replica, node, yes=yes, as_json=as_json))
+
+
+@app.command()
 def support(
     file: SpecFile = None,
     fleet: FleetOption = None,

@@ -67,6 +67,8 @@ def _allocate(event: dict[str, Any]) -> str:
 
 def _assign(event: dict[str, Any]) -> str | None:
     node, goal = event.get("node"), event.get("goal")
+    if event.get("drill"):
+        return f"{node} is drilled: {event['drill']}"
     if goal == "rank":
         return f"{node} becomes a rank of generation {event.get('generation')}"
     return f"{node} is told to stop" if goal == "stopped" else None

@@ -1,14 +1,11 @@
 """`launcher top`: figures from engines and gateway, on a screen, as lines, as JSON."""
 
 import json
-import os
-import pty
 import signal
 import socket
-import subprocess
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -19,8 +16,8 @@ from launcher.cli.meters import Meters
 from launcher.figures import Figures, Load, Reading
 from launcher.gateway.documents import MemberTally, Orders, State, TierState
 from launcher.status import NodeStatus, ReplicaStatus, Status
-from tests.conftest import LAUNCHER
 from tests.launcher.fleets import eventually
+from tests.launcher.terminal import Terminal
 from tests.launcher.test_gateway_of_a_fleet import Fleet
 
 VLLM = """\
@@ -218,34 +215,3 @@ def test_top_as_json_as_lines_and_on_a_terminal(fleet):
     rest, said = lines.communicate(timeout=20)
     assert "the run is over" in said
     assert "r1 stopped" in rest
-
-
-class Terminal:
-    """A command on a terminal of its own."""
-
-    def __init__(self, fleet, *words):
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [str(LAUNCHER), *words],
-            env={**fleet.cli.environment, "TERM": "xterm", "COLUMNS": "120", "LINES": "30"},
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            cwd=fleet.folder,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        os.close(slave)
-
-    def show(self, *words: str) -> None:
-        """Read until all of these were on the screen."""
-        seen = b""
-        while not all(word.encode() in seen for word in words):
-            seen += os.read(self.master, 65536)
-
-    def interrupt(self) -> int:
-        self.process.send_signal(signal.SIGINT)
-        with suppress(OSError):  # the other side has closed it
-            while os.read(self.master, 65536):
-                pass
-        os.close(self.master)
-        return self.process.wait(10)
