@@ -6,6 +6,7 @@ from launcher.context import Ground
 from launcher.documents import Evidence
 from launcher.errors import FleetError
 from launcher.record import (
+    DRILLS_KEPT,
     INCIDENTS_KEPT,
     AllocationRecord,
     Failure,
@@ -157,7 +158,9 @@ def remember(record: RunRecord, step: Step, now: float) -> RunRecord:
                 "assignments": {**held.assignments, seat.node: assignment},
                 "ordered_at": {**held.ordered_at, seat.node: now},
             }
-            return with_allocation(record, held.model_copy(update=changes))
+            drills = (*record.drills, step.drill)[-DRILLS_KEPT:] if step.drill else record.drills
+            record = with_allocation(record, held.model_copy(update=changes))
+            return record.model_copy(update={"drills": drills})
         case Remind(seat=seat):
             held = record.allocations[seat.allocation]
             ordered = {**held.ordered_at, seat.node: now}
@@ -317,6 +320,7 @@ def _details(step: Step) -> dict[str, object]:
                 "goal": step.assignment.goal,
                 "revision": step.assignment.revision,
                 "generation": member.generation if member else None,
+                **({"drill": step.assignment.drill} if step.drill else {}),
             }
         case Sit():
             seats = [f"{seat.node} ({seat.allocation})" for seat in step.seats]

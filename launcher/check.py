@@ -23,6 +23,7 @@ def lint(context: Context, record: RunRecord, plan: Plan, snapshot: Snapshot) ->
         *_given_up_is_not_ranked(record, plan),
         *_the_last_generation_has_ended(record, plan, snapshot),
         *_ports_are_disjoint(plan),
+        *_a_drill_changes_nothing_else(record, plan),
     ]
 
 
@@ -96,13 +97,23 @@ def _the_last_generation_has_ended(
 ) -> Iterator[str]:
     """No rank for an agent whose engine may still run: two would share its GPUs."""
     for step in plan.steps:
-        if not (isinstance(step, Assign) and step.assignment.goal == "rank"):
+        if not (isinstance(step, Assign) and step.assignment.goal == "rank") or step.drill:
             continue
         report = snapshot.agent(step.seat).report
         order = record.order(step.seat)
         again = order is not None and order.goal == "rank"
         if again or report is None or report.phase not in ("idle", "warm"):
             yield f"{step.seat.node} would get a rank before it is known to be idle"
+
+
+def _a_drill_changes_nothing_else(record: RunRecord, plan: Plan) -> Iterator[str]:
+    """It repeats an order that counts: the engine goes on as what it is, but for the fault."""
+    for step in plan.steps:
+        if isinstance(step, Assign) and step.drill:
+            order = record.order(step.seat)
+            same = {"revision": step.assignment.revision, "drill": step.assignment.drill}
+            if order is None or order.model_copy(update=same) != step.assignment:
+                yield f"the drill {step.drill} would change what {step.seat.node} is"
 
 
 def _ports_are_disjoint(plan: Plan) -> Iterator[str]:

@@ -15,11 +15,12 @@ from launcher.layout import choose_layout
 from launcher.model_folder import read_model_facts
 from launcher.paths import FleetPaths, state_root
 from launcher.record import AllocationRecord
+from launcher.secretstore import WEBHOOK_FILE
 from launcher.spec import FleetSpec
 from launcher.steps import Context
 
-# What clients and the gateway know; no node needs it.
-SECRETS_OF_GATEWAY = ("api_key", "fallback_key")
+# What clients, the gateway and the controller know; no node needs it.
+SECRETS_KEPT_HERE = ("api_key", "fallback_key", WEBHOOK_FILE)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def make_allocation(
         secrets={
             name: value
             for name, value in read_secrets(paths.secrets).items()
-            if name not in SECRETS_OF_GATEWAY
+            if name not in SECRETS_KEPT_HERE
         },
     )
 

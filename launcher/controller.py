@@ -18,6 +18,7 @@ from launcher.apply import Executor
 from launcher.context import make_ground, read_secrets
 from launcher.errors import FleetError, StateError
 from launcher.files import make_private, read_document, write_document
+from launcher.herald import Herald
 from launcher.journal import Journal
 from launcher.loop import Loop
 from launcher.observe import Observer
@@ -56,6 +57,7 @@ class Controller:
             raise StateError("is not there", where=str(self.run_paths.spec))
         self.spec = spec
         self.journal = Journal(self.run_paths.journal)
+        self._herald = Herald(paths, wish.run, self.journal)
         self._woken = threading.Event()
         self._beat = 0
         self._started_at = time.time()
@@ -91,6 +93,7 @@ class Controller:
                 self._woken.clear()
         finally:
             pulse.stop()
+            self._herald.close()
             ground.backend.close()
 
     def _round(self, loop: Loop, executor: Executor, traffic: Traffic) -> bool:
@@ -144,6 +147,7 @@ class Controller:
             known=self._known,
             leftover=self._leftover,
         )
+        status = self._herald.look(status)
         last = self._last_status
         fresh = last is not None and status.updated_at - last.updated_at < STATUS_EVERY_S
         if fresh and last is not None:

@@ -131,6 +131,18 @@ class Assignment(Document):
     member: Member | None = None
     stop_grace_s: int = 10
     after_failure: bool = False  # look at the engine's processes before they are ended
+    drill: str = ""  # a fault that whoever is this member already inflicts on itself, once
+
+
+class Drill(BaseModel):
+    """A fault that a person wants to see survived by one generation of a replica."""
+
+    model_config = ConfigDict(frozen=True)
+    id: str
+    replica: str
+    generation: int
+    node: str
+    kind: str
 
 
 class Evidence(BaseModel):

@@ -57,7 +57,7 @@ def begin(spec: FleetSpec, ground: Ground) -> Begun:
                 hint=f"`launcher down --fleet {spec.name}` first, then up again.",
             )
         if running != spec:  # the keys that may change while it runs
-            secretstore.provide_fallback(spec, paths.secrets)
+            secretstore.provide_changed(spec, paths.secrets)
             write_document(paths.run(current.run).spec, spec)
         return Begun(paths, current, adopted=True, since=ensure_driven(paths, current))
     ground.backend.close()

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher.files import append_line
+from launcher.files import append_line, read_tail
 
 
 class Journal:
@@ -21,11 +21,20 @@ class Journal:
 def read(path: Path) -> list[dict[str, Any]]:
     """The events of a journal; lines that were cut off are left out."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
+    return _parse(text)
+
+
+def read_end(path: Path, limit_bytes: int) -> list[dict[str, Any]]:
+    """The last events, however long the journal is."""
+    return _parse(read_tail(path, limit_bytes))
+
+
+def _parse(text: str) -> list[dict[str, Any]]:
     events = []
-    for line in lines:
+    for line in text.splitlines():
         try:
             event = json.loads(line)
         except ValueError:

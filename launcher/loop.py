@@ -48,7 +48,13 @@ class Loop:
             name: self._describe(record.run, held) for name, held in record.allocations.items()
         }
         return self._observer.observe(
-            record, described, wish.desired, self._store.ledger(), gateway, wish.restarts
+            record,
+            described,
+            wish.desired,
+            self._store.ledger(),
+            gateway,
+            wish.restarts,
+            wish.drills,
         )
 
     def plan(self, snapshot: Snapshot) -> Plan:

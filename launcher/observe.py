@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 from inventory.ledger import Ledger
 from launcher.backends.base import Allocation, Backend, Seen
+from launcher.documents import Drill
 from launcher.errors import FleetError
 from launcher.pulse import Contact, Target
 from launcher.record import AllocationRecord, RunRecord
@@ -66,6 +67,7 @@ class Observer:
         ledger: Ledger,
         gateway: GatewayView,
         restarts: dict[str, int] | None = None,
+        drills: tuple[Drill, ...] = (),
     ) -> Snapshot:
         """A view of every allocation; what could not be seen is in it as unknown."""
         targets: dict[str, Target] = {}
@@ -82,6 +84,7 @@ class Observer:
             ledger=ledger,
             gateway=gateway,
             restarts=restarts or {},
+            drills=drills,
         )
 
     def _allocation(

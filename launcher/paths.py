@@ -115,6 +115,10 @@ class FleetPaths:
         return self.root / "wish.json"
 
     @property
+    def wish_lock(self) -> Path:
+        return self.root / "wish.lock"
+
+    @property
     def status(self) -> Path:
         return self.root / "status.json"
 

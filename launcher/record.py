@@ -15,6 +15,7 @@ from launcher.documents import Assignment, Document, Evidence
 
 INCIDENTS_KEPT = 20
 STORY_KEPT = 20
+DRILLS_KEPT = 50  # more than a wish holds
 
 Intent = Literal["up", "down"]
 
@@ -141,6 +142,7 @@ class RunRecord(Document):
     leftovers: dict[str, str] = Field(default_factory=dict)  # what could not be cleaned, and why
     spares_not_before: float = 0.0
     spares_problem: str = ""
+    drills: tuple[str, ...] = ()  # the ids of those that were taken up
     endpoint: str | None = None
 
     def order(self, seat: Seat) -> Assignment | None:

@@ -10,6 +10,7 @@ from launcher.files import make_private, write_text
 from launcher.spec import FleetSpec, SecretSource
 
 SECRET_MAX_BYTES = 64 * 1024
+WEBHOOK_FILE = "webhook-url"  # no variable of a user's secret can have this name
 
 
 def provide(spec: FleetSpec, folder: Path) -> None:
@@ -25,17 +26,27 @@ def provide(spec: FleetSpec, folder: Path) -> None:
         write_text(folder / name, secrets.token_hex(32))
     for name, source in spec.secrets.items():
         write_text(folder / name, _value(name, source) + "\n")
-    provide_fallback(spec, folder)
+    provide_changed(spec, folder)
 
 
-def provide_fallback(spec: FleetSpec, folder: Path) -> None:
-    """The key of the fallback as the spec names it now, which may change while the fleet runs."""
-    path = folder / "fallback_key"
-    source = spec.gateway.fallback.key if spec.gateway.fallback else None
+def provide_changed(spec: FleetSpec, folder: Path) -> None:
+    """The secrets that may change while the fleet runs, as the spec names them now: the key of
+    the fallback, the address of the webhook."""
+    fallback, notify = spec.gateway.fallback, spec.notify
+    _follow(folder, "fallback_key", fallback.key if fallback else None)
+    webhook = notify.webhook.source if notify and notify.webhook else None
+    _follow(folder, WEBHOOK_FILE, webhook)
+
+
+def _follow(folder: Path, name: str, source: SecretSource | None) -> None:
+    path = folder / name
     if source is None:
-        path.unlink(missing_ok=True)  # of an earlier fallback: another one must not see it
-    else:
-        write_text(path, _value("fallback_key", source) + "\n")
+        path.unlink(missing_ok=True)  # of an earlier one: another receiver must not see it
+        return
+    value = _value(name, source)
+    if name == WEBHOOK_FILE and not value.startswith(("https://", "http://")):
+        raise SpecError("what is there is no http(s) address", where="notify.webhook")
+    write_text(path, value + "\n")
 
 
 def _value(name: str, source: SecretSource) -> str:

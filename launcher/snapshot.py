@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from inventory.ledger import Ledger
-from launcher.documents import Report
+from launcher.documents import Drill, Report
 from launcher.record import Seat
 
 AllocationState = Literal["none", "pending", "running", "gone", "unknown"]
@@ -60,6 +60,7 @@ class Snapshot:
     """The world at `now` (seconds since the epoch, for people and deadlines of minutes).
 
     restarts: how often a person has asked for each replica to be restarted, in this run.
+    drills: the faults that a person has asked for, taken up or not.
     """
 
     now: float
@@ -68,6 +69,7 @@ class Snapshot:
     ledger: Ledger = field(default_factory=Ledger)
     gateway: GatewayView = field(default_factory=GatewayView)
     restarts: dict[str, int] = field(default_factory=dict)
+    drills: tuple[Drill, ...] = ()
 
     def agent(self, seat: Seat) -> NodeView:
         """What is known of this seat's agent; an empty view where nothing is."""

@@ -183,6 +183,62 @@ class Gateway(Section):
     fallback: Fallback | None = None
 
 
+class Webhook(Section):
+    """An address that gets a POST: `url`, or where it holds a secret the `file` or `env` of it."""
+
+    url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]", max_length=2048)] | None = (
+        None
+    )
+    file: str | None = None
+    env: str | None = None
+
+    @property
+    def source(self) -> SecretSource | None:
+        return SecretSource(file=self.file, env=self.env) if self.url is None else None
+
+    @field_validator("url")
+    @classmethod
+    def _no_secret(cls, url: str | None) -> str | None:
+        if url is not None and ("?" in url or "#" in url or "@" in url.split("/")[2]):
+            raise ValueError("may hold a secret; write `webhook: {env: NAME}` or `{file: PATH}`")
+        return url
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Webhook":
+        if sum(value is not None for value in (self.url, self.file, self.env)) != 1:
+            raise ValueError("write an address, or exactly one of file and env")
+        return self
+
+
+def _short_webhook(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
+
+
+class Notify(Section):
+    """Who is told when the fleet does not serve as it should, and when it does again.
+
+    command: gets the notice as JSON on stdin; the words of one command, never a shell's line.
+    """
+
+    command: tuple[Annotated[str, StringConstraints(max_length=4096)], ...] = ()
+    webhook: Annotated[Webhook | None, BeforeValidator(_short_webhook)] = None
+
+    @field_validator("command")
+    @classmethod
+    def _plain_words(cls, command: tuple[str, ...]) -> tuple[str, ...]:
+        if command and not command[0]:
+            raise ValueError("its first word is a program's name")
+        if any("\0" in word for word in command):
+            raise ValueError("holds a NUL byte")
+        return command
+
+    @model_validator(mode="after")
+    def _somebody(self) -> "Notify":
+        if not self.command and self.webhook is None:
+            raise ValueError("write a command, a webhook, or both")
+        return self
+
+
 class LocalBackend(Section):
     """This machine plays all nodes, each with a loopback address of its own."""
 
@@ -260,6 +316,7 @@ class FleetSpec(Section):
     preflight: Literal["passive", "quick"] = "quick"
     gateway: Gateway = Gateway()
     limits: Limits = Limits()
+    notify: Notify | None = None
     backend: Annotated[Backend, BeforeValidator(_short_backend)] = Backend(local=LocalBackend())
 
     @field_validator("model")
@@ -306,7 +363,7 @@ def _check_environment_name(name: str) -> None:
 
 
 # Keys that may change while the fleet runs; every other difference needs new engines.
-CHANGES_IN_PLACE = frozenset({"limits", "preflight", "gateway"})
+CHANGES_IN_PLACE = frozenset({"limits", "preflight", "gateway", "notify"})
 
 
 def differences(old: FleetSpec, new: FleetSpec) -> list[str]:

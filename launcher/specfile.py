@@ -118,6 +118,8 @@ def _absolute(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         }
     if isinstance(out.get("gateway"), dict):
         out["gateway"] = _absolute_gateway(out["gateway"], path)
+    if isinstance(out.get("notify"), dict):
+        out["notify"] = _absolute_notify(out["notify"], path)
     if isinstance(out.get("backend"), dict) and isinstance(out["backend"].get("ssh"), dict):
         ssh = out["backend"]["ssh"]
         if "inventory" in ssh:
@@ -139,6 +141,17 @@ def _absolute_gateway(gateway: dict[str, Any], path: Callable[[Any], Any]) -> di
             **fallback,
             "key": {**key, "file": path(key["file"])} if "file" in key else key,
         }
+    return out
+
+
+def _absolute_notify(notify: dict[str, Any], path: Callable[[Any], Any]) -> dict[str, Any]:
+    """A program that is written as a path is one; any other word is looked for on the PATH."""
+    out = dict(notify)
+    webhook, command = out.get("webhook"), out.get("command")
+    if isinstance(webhook, dict) and "file" in webhook:
+        out["webhook"] = {**webhook, "file": path(webhook["file"])}
+    if isinstance(command, list) and command and is_folder(str(command[0])):
+        out["command"] = [path(command[0]), *command[1:]]
     return out
 
 

@@ -34,6 +34,7 @@ class ReplicaStatus(BaseModel):
     timings_s: dict[str, float] = Field(default_factory=dict)
     failure: Failure | None = None
     leftover: str = ""
+    restarts_asked: int = 0  # by a person, as far as they were taken up
     story: list[str] = Field(default_factory=list)
 
 
@@ -85,6 +86,7 @@ class Status(Document):
     leftover: str = ""  # what of the gateway did not end
     controller: str = "running"
     updated_at: float
+    unwell_since: float | None = None  # since when it does not serve as it should
     finished: bool = False
 
     @property
@@ -225,6 +227,7 @@ def _replica(replica: ReplicaRecord, record: RunRecord, snapshot: Snapshot) -> R
         },
         failure=replica.failure,
         leftover="; ".join(leftovers),
+        restarts_asked=replica.restarts_asked,
         story=list(replica.story),
     )
 

@@ -37,11 +37,12 @@ class Settle:
 
 @dataclass(frozen=True)
 class Assign:
-    """Write one node's assignment.json."""
+    """Write one node's assignment.json. drill: the id of the drill that is in it, if one is."""
 
     about: str
     seat: Seat
     assignment: Assignment
+    drill: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,26 +7,32 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from pydantic import Field
 
-from launcher.documents import Document
-from launcher.errors import StateError
+from launcher.documents import Document, Drill
+from launcher.errors import StateError, UsageError
 from launcher.files import make_private, read_document, write_document
 from launcher.paths import FleetPaths
 from launcher.record import RunRecord
 
 DRIVER_STALE_S = 10.0
+DRILLS_KEPT = 20
 
 
 class Wish(Document):
-    """wish.json: this run, up or down. restarts: how often each replica was asked to restart."""
+    """wish.json: this run, up or down. restarts: how often each replica was asked to restart.
+
+    drills: faults that were asked for; the controller remembers which it took up.
+    """
 
     run: int
     desired: Literal["up", "down"]
     at: float
     restarts: dict[str, int] = Field(default_factory=dict)
+    drills: tuple[Drill, ...] = ()
 
 
 class Driver(Document):
@@ -45,16 +51,57 @@ def read_wish(paths: FleetPaths) -> Wish | None:
 
 def write_wish(paths: FleetPaths, run: int, desired: Literal["up", "down"]) -> Wish:
     wish = Wish(run=run, desired=desired, at=time.time())
-    write_document(paths.wish, wish)
+    with _changing(paths):
+        write_document(paths.wish, wish)
     return wish
 
 
 def wish_restart(paths: FleetPaths, wish: Wish, replica: str) -> Wish:
-    """Ask for one more restart of this replica; the controller counts what it took up."""
-    restarts = {**wish.restarts, replica: wish.restarts.get(replica, 0) + 1}
-    wish = wish.model_copy(update={"restarts": restarts, "at": time.time()})
-    write_document(paths.wish, wish)
+    """Ask for one more restart of this replica; the controller counts what it took up. Raises
+    UsageError where the run is wished down meanwhile."""
+
+    def once_more(now: Wish) -> Wish:
+        return now.model_copy(
+            update={"restarts": {**now.restarts, replica: now.restarts.get(replica, 0) + 1}}
+        )
+
+    return _add(paths, wish.run, once_more)
+
+
+def wish_drill(paths: FleetPaths, wish: Wish, drill: Drill) -> Wish:
+    """Ask for a fault. Raises UsageError where the run is wished down meanwhile."""
+
+    def one_more(now: Wish) -> Wish:
+        return now.model_copy(update={"drills": (*now.drills, drill)[-DRILLS_KEPT:]})
+
+    return _add(paths, wish.run, one_more)
+
+
+def _add(paths: FleetPaths, run: int, add: Callable[[Wish], Wish]) -> Wish:
+    """Add to the wish of a run as it is now: a `down` of the same instant must not be undone."""
+    with _changing(paths):
+        now = read_wish(paths)
+        if now is None or now.run != run or now.desired != "up":
+            raise UsageError(
+                "the fleet is going down",
+                where=paths.root.name,
+                hint="`launcher up` starts it again.",
+            )
+        wish = add(now).model_copy(update={"at": time.time()})
+        write_document(paths.wish, wish)
     return wish
+
+
+@contextlib.contextmanager
+def _changing(paths: FleetPaths) -> Iterator[None]:
+    """Who changes the wish at the same time waits, and sees the change."""
+    make_private(paths.root)
+    handle = os.open(paths.wish_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def take_the_wheel(paths: FleetPaths) -> int | None:

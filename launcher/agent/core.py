@@ -12,7 +12,7 @@ import psutil
 
 from health.probes.host import boot_id
 from launcher import __version__
-from launcher.agent import processes
+from launcher.agent import drills, processes
 from launcher.agent.checks import Watch
 from launcher.agent.engine import Engine, Surroundings
 from launcher.agent.heart import Heart, Loss
@@ -122,8 +122,12 @@ class Agent:
             self._take(new)
 
     def _take(self, new: Assignment) -> None:
-        self.assignment = new
+        before, self.assignment = self.assignment, new
         self.heart.controller_heard_at = time.monotonic()  # a new order is a sign of life, too
+        if new.drill and before is not None and before.goal == new.goal == "rank":
+            if before.member == new.member:
+                self._drill(new, before)
+                return
         if new.goal == "rank" or new.checks:
             self.evidence = None  # kept while idle: it tells how the last generation ended
         if new.peers:
@@ -131,6 +135,14 @@ class Agent:
         if new.checks:
             address = self.config.addresses.get(self.node, "0.0.0.0")
             self.watch.preflight(new.revision, new.checks, address, self.paths.root)
+
+    def _drill(self, new: Assignment, before: Assignment) -> None:
+        """The order is the same but for a fault. An agent that begins with it inflicts none: it
+        may be what came after the fault; and what has failed already does not start again."""
+        if before.revision <= self._fenced_revision:
+            self._fenced_revision = new.revision
+        elif self.engine and not self.engine.is_stopping:
+            drills.inject(new.drill, self.engine, self.mark)
 
     def _reconcile(self) -> None:
         """Start or stop the engine so that it is what the assignment says."""

@@ -154,6 +154,15 @@ def status(file: SpecFile = None, fleet: FleetOption = None, as_json: Json = Fal
 
 
 @app.command()
+def top(file: SpecFile = None, fleet: FleetOption = None, as_json: Json = False) -> None:
+    """Watch a fleet: its replicas with tokens per second and requests, and its last events."""
+    from launcher.cli import top as command
+
+    paths = _find(file, fleet)
+    _watched(lambda: command.top(paths, as_json=as_json))
+
+
+@app.command()
 def ls(as_json: Json = False) -> None:
     """List all fleets of this user."""
     from launcher.cli import show as command
@@ -296,6 +305,50 @@ def down(file: SpecFile = None, fleet: FleetOption = None, as_json: Json = False
         say("there is no fleet; nothing to do")
         raise typer.Exit(0)
     _watched(lambda: command.down(_find(file, fleet), as_json=as_json))
+
+
+@app.command()
+def restart(
+    replica: Annotated[str, typer.Argument(help="A replica, such as r1.")],
+    file: SpecFile = None,
+    fleet: FleetOption = None,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Do not wait until it serves again.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Restart one replica, also one that was given up. Its requests end first."""
+    from launcher.cli import restart as command
+
+    paths = _find(file, fleet)
+    _watched(lambda: command.restart(paths, replica, wait=not no_wait, as_json=as_json))
+
+
+@app.command()
+def drill(
+    kind: Annotated[str, typer.Argument(help="rank, node, hang or disk.")] = "rank",
+    file: SpecFile = None,
+    fleet: FleetOption = None,
+    replica: Annotated[
+        str | None, typer.Option("--replica", help="Whom it hits; the first one otherwise.")
+    ] = None,
+    node: Annotated[
+        str | None, typer.Option("--node", help="Where; the replica's last node otherwise.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Inflict a real fault under load; say how long it took and what requests it cost.
+
+    rank: the engine's process on a node is killed. node: its agent and everything there dies at
+    once. hang: the engine's processes are stopped. disk: the scratch disk is full for a minute.
+
+    A network link cannot be cut without root, so no drill does.
+    """
+    from launcher.cli import drill as command
+
+    paths = _find(file, fleet)
+    _watched(lambda: command.drill(paths, kind, replica, node, yes=yes, as_json=as_json))
 
 
 @app.command()

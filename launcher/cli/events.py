@@ -67,6 +67,8 @@ def _allocate(event: dict[str, Any]) -> str:
 
 def _assign(event: dict[str, Any]) -> str | None:
     node, goal = event.get("node"), event.get("goal")
+    if event.get("drill"):
+        return f"{node} is drilled: {event['drill']}"
     if goal == "rank":
         return f"{node} becomes a rank of generation {event.get('generation')}"
     return f"{node} is told to stop" if goal == "stopped" else None
@@ -118,6 +120,7 @@ _STORIES: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "down": lambda _: "is to end",
     "release": _release,
     "failed": lambda event: f"{event.get('step')} did not work: {event.get('error')}",
+    "told": lambda event: f"the {event.get('receiver')} was told: {event.get('about')}",
     "refused": lambda event: f"a plan was refused: {'; '.join(event.get('problems') or [])}",
 }
 

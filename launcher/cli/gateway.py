@@ -3,9 +3,10 @@
 import secrets
 import sys
 import time
+from typing import Any
 
 from launcher.cli import output
-from launcher.errors import StateError, UsageError
+from launcher.errors import FleetError, StateError, UsageError
 from launcher.gateway import keyring
 from launcher.gateway.documents import BUCKETS_S, Histogram, Keys, State
 from launcher.gateway.door import FRESH_S, Gateway
@@ -17,13 +18,29 @@ RENEWED_WITHIN_S = 60.0
 def status(paths: FleetPaths, *, as_json: bool) -> int:
     """Members, requests in flight, waiting, rescued, refused. 0 while it takes requests."""
     state = _state(paths)
-    age_s = time.time() - state.at
-    is_up = state.front == "up" and bool(state.processes) and age_s < FRESH_S
+    now = time.time()
+    told = described(state, now)
     if as_json:
-        output.document({**state.model_dump(mode="json"), "age_s": round(age_s, 1), "up": is_up})
+        output.document(told)
     else:
-        output.show(screen(state, age_s))
-    return 0 if is_up else 1
+        output.show(screen(state, now - state.at))
+    return 0 if told["up"] else 1
+
+
+def described(state: State, now: float) -> dict[str, Any]:
+    """The state as a document, with its age and whether it takes requests. Pure."""
+    age_s = now - state.at
+    is_up = state.front == "up" and bool(state.processes) and age_s < FRESH_S
+    return {**state.model_dump(mode="json"), "age_s": round(age_s, 1), "up": is_up}
+
+
+def fresh_state(paths: FleetPaths) -> State | None:
+    """What the gateway says now; None where it says nothing, whatever the reason."""
+    try:
+        state = Gateway(paths.gateway).state()
+    except FleetError:
+        return None
+    return state if state is not None and time.time() - state.at < FRESH_S else None
 
 
 def restart(paths: FleetPaths) -> int:

@@ -3,11 +3,14 @@
 from inventory import nodeset
 from launcher.cli.output import ago, span, table
 from launcher.context import Ground
+from launcher.figures import Load
 from launcher.status import ReplicaStatus, Status
 
 
-def fleet_screen(status: Status, now: float) -> str:
-    """The screen that people look at most."""
+def fleet_screen(
+    status: Status, now: float, load: Load | None = None, *, with_story: bool = True
+) -> str:
+    """The screen that people look at most. load: what the replicas do, where that was asked."""
     serving = sum(replica.phase == "serving" for replica in status.replicas)
     head = f"{status.fleet}   {serving}/{len(status.replicas)} replicas serving"
     if status.endpoint:
@@ -17,15 +20,23 @@ def fleet_screen(status: Status, now: float) -> str:
         head += f"   walltime {span(min(ends) - now)}"
     lines = [head]
     if status.replicas:
-        rows = [["REPLICA", "GEN", "PHASE", "NODES", "SINCE"]]
-        rows += [_replica_row(replica, now) for replica in status.replicas]
+        columns = _load_columns(load)
+        rows = [["REPLICA", "GEN", "PHASE", "NODES", *columns, "SINCE"]]
         rows += [
-            ["spare", "-", spare.phase, spare.node or "-", ago(spare.since, now)]
+            [*_replica_row(replica, now), *_load_cells(load, replica), ago(replica.since, now)]
+            for replica in status.replicas
+        ]
+        nothing = ["-".rjust(len(column)) for column in columns]
+        rows += [
+            ["spare", "-", spare.phase, spare.node or "-", *nothing, ago(spare.since, now)]
             for spare in status.spares
             if status.phase != "stopped"
         ]
         lines.append(table(rows))
-    lines += _events(status, now)
+    if load is not None and load.held:
+        many = load.held > 1
+        lines.append(f"{load.held} request{'s are' if many else ' is'} held until a replica comes")
+    lines += _events(status, now, with_story=with_story)
     if status.error:
         place = f"{status.error.where}: " if status.error.where else ""
         lines.append(f"error: {place}{status.error.message}")
@@ -40,7 +51,24 @@ def fleet_screen(status: Status, now: float) -> str:
     return "\n".join(lines)
 
 
-def _events(status: Status, now: float) -> list[str]:
+def _load_columns(load: Load | None) -> list[str]:
+    if load is None:
+        return []
+    return ["TOK/S", "RUN/WAIT"] if load.metered else ["RUN/WAIT"]
+
+
+def _load_cells(load: Load | None, replica: ReplicaStatus) -> list[str]:
+    """Right-aligned, for figures are compared by their lengths."""
+    if load is None:
+        return []
+    its = load.of(replica.name)
+    run, wait = ("-" if n is None else str(n) for n in (its.running, its.waiting))
+    both = f"{run}/{wait}" if (run, wait) != ("-", "-") else "-"
+    rate = "-" if its.tokens_per_s is None else f"{its.tokens_per_s:.0f}"
+    return [rate.rjust(5), both.rjust(8)] if load.metered else [both.rjust(8)]
+
+
+def _events(status: Status, now: float, *, with_story: bool = True) -> list[str]:
     """What happened to nodes: who was lost, swapped, cordoned, and whose health is in doubt."""
     lines = []
     doubtful: dict[str, list[str]] = {}
@@ -50,7 +78,7 @@ def _events(status: Status, now: float) -> list[str]:
                 lines.append(f"lost {node.node} ({replica.name}) {ago(node.lost_since, now)} ago")
             for doubt in node.doubts if status.phase != "stopped" else ():
                 doubtful.setdefault(doubt, []).append(node.node)
-        lines += [f"{replica.name}: {event}" for event in replica.story]
+        lines += [f"{replica.name}: {event}" for event in replica.story if with_story]
     for spare in status.spares:
         for doubt in spare.doubts if status.phase != "stopped" else ():
             doubtful.setdefault(doubt, []).append(spare.node or spare.name)
@@ -124,5 +152,4 @@ def _replica_row(replica: ReplicaStatus, now: float) -> list[str]:
         str(replica.generation or "-"),
         phase,
         nodeset.fold(names) if names else "-",
-        ago(replica.since, now),
     ]

@@ -7,7 +7,7 @@ from typing import Any
 from inventory import nodeset
 from launcher import cordons, fleets
 from launcher.apply import remember
-from launcher.cli import output, screens
+from launcher.cli import output, screens, top
 from launcher.context import Ground, make_ground
 from launcher.errors import UsageError
 from launcher.files import make_private, write_text
@@ -80,7 +80,8 @@ def status(paths: FleetPaths, *, as_json: bool) -> int:
     if as_json:
         output.document(current.model_dump(mode="json"))
     else:
-        output.show(screens.fleet_screen(current, time.time()))
+        load = None if current.finished else top.load_of(paths, current)
+        output.show(screens.fleet_screen(current, time.time(), load))
     return current.exit_code
 
 

@@ -7,6 +7,7 @@ exact that the executor has no choices. The plan of a fleet that is as it should
     gather.py      a replica's seats: survivors first, then spares, then nodes asked for
     bringup.py     preflight, addresses, ranks, the proving token
     unfit.py       a node that may not serve: swapped, or the fleet is refused
+    drills.py      a fault that a person wants to see survived
     ending.py      engines are told to stop: for the next generation, or for good
     holdings.py    allocations and spares: settled, kept, given back
     draft.py       what the parts of one round share

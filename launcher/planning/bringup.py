@@ -54,6 +54,8 @@ def bring_up(draft: Draft, replica: ReplicaRecord) -> None:
         "ranked_at": now,
         "generation": replica.generation + 1,
         "rehearses": rehearses,
+        # Whoever asked for a restart until now gets it by this generation.
+        "restarts_asked": draft.snapshot.restarts.get(replica.name, replica.restarts_asked),
     }
     draft.do(*_rank(draft, replica, reports, chosen, rehearses=rehearses))
     draft.do(Note(replica.name, changes))

@@ -2,7 +2,7 @@
 
 from launcher import ports
 from launcher.attribution import is_repeated_loss, judge, node_of
-from launcher.planning import bringup, ending, gather, holdings
+from launcher.planning import bringup, drills, ending, gather, holdings
 from launcher.planning.draft import Draft, agent_views
 from launcher.planning.unfit import lost_too_often
 from launcher.record import Failure, Incident, ReplicaRecord, RunRecord
@@ -74,6 +74,7 @@ def _plan_replica(draft: Draft, replica: ReplicaRecord) -> None:
         draft.do(_asked_for(replica, draft.now))
     else:
         bringup.watch(draft, replica)
+        drills.carry_out(draft, replica)
 
 
 def interrupt(draft: Draft, replica: ReplicaRecord, failure: Failure) -> None:

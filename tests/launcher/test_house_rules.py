@@ -1,6 +1,7 @@
 """Rules that matter, as tests with their reasons."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ PURE = [
     *("health/checks/base.py", "health/checks/gpu.py", "health/checks/network.py"),
     *("health/checks/node.py", "launcher/heartbeat.py", "launcher/quoting.py"),
     *("launcher/agent/lastwords.py", "launcher/agent/progress.py"),
+    *("launcher/figures.py", "launcher/notices.py"),
+    *("launcher/drilling.py", "launcher/planning/drills.py"),
     *("launcher/gateway/documents.py", "launcher/gateway/choose.py", "launcher/gateway/tally.py"),
     *("launcher/gateway/events.py", "launcher/gateway/refusal.py", "launcher/gateway/members.py"),
     *("launcher/gateway/feed.py", "launcher/gateway/front.py", "launcher/gateway/metrics.py"),
@@ -97,3 +100,14 @@ def test_no_shell_tool_ends_processes_by_name():
             )
             assert "pkill" not in code and "killall" not in code, file
             assert '"stop"' not in code or "ray" not in code.split('"stop"')[0][-20:], file
+
+
+def test_every_package_is_in_the_wheel():
+    """What is forgotten there works from a checkout, and nowhere else."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {
+        ".".join(file.parent.relative_to(ROOT).parts)
+        for file in FILES
+        if file.parent.relative_to(ROOT).parts
+    }
+    assert found <= set(listed)
