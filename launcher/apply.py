@@ -4,7 +4,7 @@ from typing import Any
 
 from launcher.context import Ground
 from launcher.documents import Evidence
-from launcher.errors import FleetError
+from launcher.errors import FleetError, SlurmError
 from launcher.record import (
     DRILLS_KEPT,
     INCIDENTS_KEPT,
@@ -103,7 +103,8 @@ class Executor:
             self._save(
                 with_allocation(self.record, held).model_copy(update={"leftovers": leftovers})
             )
-            if step.insists or tries < RELEASE_TRIES:
+            unheard = isinstance(error, SlurmError) and error.unreachable and not step.whole
+            if step.insists or unheard or tries < RELEASE_TRIES:
                 return
         else:
             rest = {k: v for k, v in self.record.leftovers.items() if k != step.allocation}

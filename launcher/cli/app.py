@@ -25,6 +25,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 Model = Annotated[str | None, typer.Option(help="A model folder or a Hugging Face id.")]
 Nodes = Annotated[int | None, typer.Option(help="Nodes per replica.")]
 Replicas = Annotated[int | None, typer.Option(help="How many replicas.")]
+Spares = Annotated[int | None, typer.Option(help="Nodes kept ready to take a lost one's place.")]
 Executor = Annotated[str | None, typer.Option(help="ray or mp (vLLM's own multi-node mode).")]
 Tensor = Annotated[int | None, typer.Option(help="Tensor-parallel size.")]
 Pipeline = Annotated[int | None, typer.Option(help="Pipeline-parallel size.")]
@@ -41,6 +42,7 @@ def _flags(
     model: str | None,
     nodes: int | None,
     replicas: int | None,
+    spares: int | None,
     executor: str | None,
     tensor: int | None,
     pipeline: int | None,
@@ -54,6 +56,7 @@ def _flags(
         "model": model,
         "nodes": nodes,
         "replicas": replicas,
+        "spares": spares,
         "executor": executor,
         "gpus_per_node": gpus_per_node,
         "port": port,
@@ -73,6 +76,7 @@ def up(
     model: Model = None,
     nodes: Nodes = None,
     replicas: Replicas = None,
+    spares: Spares = None,
     executor: Executor = None,
     tensor: Tensor = None,
     pipeline: Pipeline = None,
@@ -89,7 +93,17 @@ def up(
     from launcher.cli import up as command
 
     flags = _flags(
-        fleet, model, nodes, replicas, executor, tensor, pipeline, data, gpus_per_node, port
+        fleet,
+        model,
+        nodes,
+        replicas,
+        spares,
+        executor,
+        tensor,
+        pipeline,
+        data,
+        gpus_per_node,
+        port,
     )
     if preflight:
         flags["preflight"] = preflight
@@ -103,6 +117,7 @@ def plan(
     model: Model = None,
     nodes: Nodes = None,
     replicas: Replicas = None,
+    spares: Spares = None,
     executor: Executor = None,
     tensor: Tensor = None,
     pipeline: Pipeline = None,
@@ -115,7 +130,17 @@ def plan(
     from launcher.cli import show as command
 
     flags = _flags(
-        fleet, model, nodes, replicas, executor, tensor, pipeline, data, gpus_per_node, port
+        fleet,
+        model,
+        nodes,
+        replicas,
+        spares,
+        executor,
+        tensor,
+        pipeline,
+        data,
+        gpus_per_node,
+        port,
     )
     raise typer.Exit(command.plan(file, flags, as_json=as_json))
 
@@ -127,6 +152,7 @@ def render(
     model: Model = None,
     nodes: Nodes = None,
     replicas: Replicas = None,
+    spares: Spares = None,
     executor: Executor = None,
     tensor: Tensor = None,
     pipeline: Pipeline = None,
@@ -140,7 +166,17 @@ def render(
     from launcher.cli import show as command
 
     flags = _flags(
-        fleet, model, nodes, replicas, executor, tensor, pipeline, data, gpus_per_node, port
+        fleet,
+        model,
+        nodes,
+        replicas,
+        spares,
+        executor,
+        tensor,
+        pipeline,
+        data,
+        gpus_per_node,
+        port,
     )
     raise typer.Exit(command.render(file, flags, out=out, as_json=as_json))
 

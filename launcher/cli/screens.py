@@ -118,7 +118,11 @@ def plan_screen(ground: Ground) -> str:
         ["fleet", spec.name],
         ["model", spec.model],
         ["backend", f"{ground.backend.kind} ({nodes})"],
-        ["replicas", f"{spec.replicas} of {size}, {ground.context.gpus_per_node} GPU(s) per node"],
+        [
+            "replicas",
+            f"{spec.replicas} of {size}{_and_spares(spec.spares)}, "
+            f"{ground.context.gpus_per_node} GPU(s) per node",
+        ],
         [
             "layout",
             f"tensor {layout.tensor} × pipeline {layout.pipeline} × data {layout.data}, "
@@ -127,6 +131,10 @@ def plan_screen(ground: Ground) -> str:
     ]
     rows += [["", f"because: {reason}"] for reason in layout.reasons]
     return table(rows)
+
+
+def _and_spares(spares: int) -> str:
+    return f" and {spares} spare{'s' if spares > 1 else ''}" if spares else ""
 
 
 def progress_line(status: Status) -> str:

@@ -1,16 +1,20 @@
 """One round's plan in the making: what was decided so far, for the parts that come after. Pure."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 
+from inventory.ledger import Cordon
 from launcher.record import AllocationRecord, ReplicaRecord, RunRecord, Seat
 from launcher.snapshot import NOTHING, AllocationView, NodeView, Snapshot
-from launcher.steps import Allocate, Context, Step
+from launcher.steps import Allocate, Context, Quarantine, Step
 from launcher.verdicts import is_dead, is_lost, is_silent
 
 
 @dataclass
 class Draft:
-    """taken: seats that were given away in this round; asked: nodes that were asked for."""
+    """taken: seats that were given away in this round."""
 
     context: Context
     record: RunRecord
@@ -18,7 +22,7 @@ class Draft:
     steps: list[Step] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)
     taken: set[Seat] = field(default_factory=set)
-    asked: set[str] = field(default_factory=set)
+    fit: list[Seat] | None = None  # who stands by, looked up once
 
     @property
     def now(self) -> float:
@@ -38,6 +42,7 @@ class Draft:
     def view(self, allocation: str) -> AllocationView:
         return self.snapshot.allocations.get(allocation, NOTHING)
 
+    @cached_property
     def living(self) -> list[AllocationRecord]:
         """Allocations that are not being given back."""
         return [
@@ -46,6 +51,15 @@ class Draft:
             if not one.released and one.ending_at is None
         ]
 
+    @cached_property
+    def living_of(self) -> dict[str, list[AllocationRecord]]:
+        """The same, by owner."""
+        found: dict[str, list[AllocationRecord]] = {}
+        for one in self.living:
+            found.setdefault(one.owner, []).append(one)
+        return found
+
+    @cached_property
     def sitting(self) -> dict[Seat, ReplicaRecord]:
         """Who sits where; a replica that is over sits nowhere."""
         return {
@@ -54,6 +68,19 @@ class Draft:
             if not replica.over
             for seat in replica.seats
         }
+
+    @cached_property
+    def _free(self) -> dict[str, None]:
+        """In the pool's order, those that were lost of late last."""
+        held = {
+            node
+            for one in self.record.allocations.values()
+            if not one.released
+            for node in one.nodes
+        }
+        barred = held | self.snapshot.ledger.cordons.keys()
+        free = [node for node in self.context.pool if node not in barred]
+        return dict.fromkeys(sorted(free, key=lambda node: bool(self.record.losses.get(node))))
 
     def is_usable(self, seat: Seat) -> bool:
         """Whether the agent there lives, or is still expected, in an allocation that is kept."""
@@ -77,24 +104,18 @@ class Draft:
         order = self.record.order(seat)
         return order is not None and order.goal == "stopped"
 
-    def free_nodes(self, near: tuple[str, ...] = ()) -> list[str]:
+    def free_nodes(self, count: int, near: tuple[str, ...] = ()) -> list[str]:
         """Nodes of the pool that nobody holds and nobody has cordoned; the nearest first."""
-        held = {
-            node
-            for one in self.record.allocations.values()
-            if not one.released
-            for node in one.nodes
-        }
-        barred = held | self.asked | self.snapshot.ledger.cordons.keys()
-        free = [node for node in self.context.pool if node not in barred]
-        return sorted(free, key=lambda node: (self._is_doubtful(node), self.distance(node, near)))
+        if not near or not self.context.places:
+            return list(islice(self._free, count))
+        return sorted(self._free, key=lambda node: self.distance(node, near))[:count]
 
     def refused(self, size: int) -> set[str]:
         """Nodes that Slurm shall not choose. A spare beside the rank that it is to replace would
         die with it: who is asked for alone must not come onto a node of ours."""
         refused = self.snapshot.ledger.cordons.keys() & set(self.context.known)
         if size < self.context.spec.nodes or self.context.spec.nodes == 1:
-            refused |= {node for held in self.living() for node in held.nodes}
+            refused |= {node for held in self.living for node in held.nodes}
         return refused
 
     def distance(self, node: str, near: tuple[str, ...]) -> int:
@@ -110,8 +131,21 @@ class Draft:
         ]
         return max(levels, default=0)
 
-    def _is_doubtful(self, node: str) -> bool:
-        return bool(self.record.losses.get(node))
+    def brake(self, check: str, nodes: Iterable[str]) -> str:
+        """Why these nodes may not all be quarantined for this check now; empty if they may. What
+        this round has decided counts."""
+        ledger = self.snapshot.ledger
+        for step in self.steps:
+            if isinstance(step, Quarantine):
+                ledger = ledger.with_cordon(step.cordon)
+        for node in nodes:
+            if why := ledger.brake(check, len(self.context.known), self.now):
+                return why
+            cordon = Cordon(
+                node=node, kind="quarantine", reason=check, at=self.now, by="", check=check
+            )
+            ledger = ledger.with_cordon(cordon)
+        return ""
 
     def allocate(self, owner: str, size: int, nodes: tuple[str, ...]) -> None:
         """Ask for nodes: these, or any but the cordoned ones and our own where Slurm chooses."""
@@ -119,7 +153,8 @@ class Draft:
         exclude: tuple[str, ...] = ()
         if not self.context.pool:
             exclude = tuple(sorted(self.refused(size)))
-        self.asked |= set(nodes)
+        for node in nodes:
+            self._free.pop(node, None)
         self.do(Allocate(owner, number, size, nodes, exclude))
 
 

@@ -119,7 +119,7 @@ def _give_everything_back(draft: Draft, replica: ReplicaRecord) -> None:
     for name in dict.fromkeys(seat.allocation for seat in replica.seats):
         shared = any(
             seat.allocation == name and owner.name != replica.name
-            for seat, owner in draft.sitting().items()
+            for seat, owner in draft.sitting.items()
         )
         held = draft.record.allocations.get(name)
         if held is not None and not shared and held.ending_at is None:

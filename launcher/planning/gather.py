@@ -49,7 +49,7 @@ def seat(draft: Draft, replica: ReplicaRecord) -> bool:
 
 def _must_hurry(replica: ReplicaRecord) -> bool:
     """Whether it takes a spare: once it has lost what it had, not while it is first asked for."""
-    return bool(replica.seats) or replica.served
+    return bool(replica.seats or replica.served or replica.incidents or replica.swaps)
 
 
 def _is_lost(draft: Draft, one: Seat) -> bool:
@@ -62,11 +62,11 @@ def _is_lost(draft: Draft, one: Seat) -> bool:
 
 def _own_seats(draft: Draft, replica: ReplicaRecord) -> list[Seat]:
     """Free places in what was asked for this replica, in the order that the backend gave."""
-    sitting = draft.sitting()
+    sitting = draft.sitting
     return [
         place
-        for held in draft.living()
-        if held.owner == replica.name and held.running_at is not None
+        for held in draft.living_of.get(replica.name, [])
+        if held.running_at is not None
         for node in held.nodes
         if (place := Seat(node=node, allocation=held.name)) not in sitting
         and draft.is_fresh(place)
@@ -76,7 +76,7 @@ def _own_seats(draft: Draft, replica: ReplicaRecord) -> list[Seat]:
 
 def _from_later_replicas(draft: Draft, replica: ReplicaRecord) -> list[Seat]:
     """Nodes that a later replica holds without being able to start: two halves serve nobody."""
-    if draft.free_nodes() or (not draft.context.pool and not _waits_long(draft, replica)):
+    if draft.free_nodes(1) or (not draft.context.pool and not _waits_long(draft, replica)):
         return []
     names = list(draft.record.replicas)
     later = names[names.index(replica.name) + 1 :]
@@ -94,16 +94,14 @@ def _from_later_replicas(draft: Draft, replica: ReplicaRecord) -> list[Seat]:
 
 def _waits_long(draft: Draft, replica: ReplicaRecord) -> bool:
     return any(
-        held.owner == replica.name
-        and held.running_at is None
-        and draft.now - held.requested_at > QUEUE_PATIENCE_S
-        for held in draft.living()
+        held.running_at is None and draft.now - held.requested_at > QUEUE_PATIENCE_S
+        for held in draft.living_of.get(replica.name, [])
     )
 
 
 def _give_up_seats(draft: Draft, replica: ReplicaRecord, found: list[Seat]) -> None:
     """Take the seats out of the replicas that held them so far."""
-    for one, owner in draft.sitting().items():
+    for one, owner in draft.sitting.items():
         if one in found and owner.name != replica.name:
             rest = tuple(other for other in owner.seats if other not in found)
             draft.do(Sit(owner.name, rest, f"gave {one.node} to {replica.name}"))
@@ -122,10 +120,22 @@ def _story(replica: ReplicaRecord, found: list[Seat]) -> str:
 
 def _ask_for(draft: Draft, replica: ReplicaRecord, missing: int, near: tuple[str, ...]) -> None:
     """Ask for what is missing and not yet on its way; say what is waited for."""
+    if _has_waited_too_long(draft, replica):
+        limit = draft.context.spec.limits.queue
+        failure = Failure(
+            code="deadline",
+            exit_code=4,
+            message=f"no other node within {limit} s",
+            where=replica.name,
+            hint="Add nodes, uncordon one, or raise limits.queue.",
+            at=draft.now,
+        )
+        draft.do(Fail(replica.name, failure))
+        return
     coming = [
         held
-        for held in draft.living()
-        if held.owner == replica.name and held.running_at is None and _is_awaited(draft, held)
+        for held in draft.living_of.get(replica.name, [])
+        if held.running_at is None and _is_awaited(draft, held)
     ]
     for held in coming:
         _tell_pending(draft, replica, held)
@@ -143,7 +153,7 @@ def _ask_for(draft: Draft, replica: ReplicaRecord, missing: int, near: tuple[str
         draft.allocate(replica.name, missing, ())
         draft.wait(replica.name, "nodes")
         return
-    free = draft.free_nodes(near)[:missing]
+    free = draft.free_nodes(missing, near)
     if len(free) == missing or (free and _must_hurry(replica)):
         draft.allocate(replica.name, len(free), tuple(free))
         draft.wait(replica.name, "nodes")
@@ -151,6 +161,15 @@ def _ask_for(draft: Draft, replica: ReplicaRecord, missing: int, near: tuple[str
         away = _away(draft)
         told = f" ({', '.join(away)} cannot be reached)" if away else ""
         draft.wait(replica.name, f"{_count(missing - len(free))}{told}")
+
+
+def _has_waited_too_long(draft: Draft, replica: ReplicaRecord) -> bool:
+    """Who has served waits for ever: it is wanted, and somebody is told. A pending job has a
+    deadline of its own, which knows what it waits for."""
+    if replica.served or replica.requested_at is None:
+        return False
+    pending = any(held.running_at is None for held in draft.living_of.get(replica.name, []))
+    return not pending and draft.now - replica.requested_at > draft.context.spec.limits.queue
 
 
 def _is_awaited(draft: Draft, held: AllocationRecord) -> bool:
@@ -187,7 +206,7 @@ def _away(draft: Draft) -> list[str]:
     return sorted(
         {
             node
-            for held in draft.living()
+            for held in draft.living
             for node in held.nodes
             if not (agent := draft.view(held.name).agents.get(node)) or not agent.reachable
         }

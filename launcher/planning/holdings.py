@@ -19,7 +19,7 @@ AWAY_KEPT_S = 60.0  # a job of whose agents none answers is given back after thi
 
 def settle(draft: Draft) -> None:
     """The nodes of what has come. The leader is the first in the backend's order; it stays so."""
-    for held in draft.living():
+    for held in draft.living:
         view = draft.view(held.name)
         if not held.asked and draft.snapshot.ledger.cordons.keys() & set(held.nodes):
             draft.do(
@@ -59,16 +59,15 @@ def remind(draft: Draft) -> None:
 
 def candidates(draft: Draft) -> list[Seat]:
     """Agents that are fit and serve nobody: any replica may take them."""
-    sitting = draft.sitting()
-    return [
-        seat for seat in _idle(draft, sitting) if _is_fit(draft, seat) and seat not in draft.taken
-    ]
+    if draft.fit is None:
+        draft.fit = [seat for seat in _idle(draft, draft.sitting) if _is_fit(draft, seat)]
+    return [seat for seat in draft.fit if seat not in draft.taken]
 
 
 def tend(draft: Draft) -> None:
     """After the replicas had their turn: what is left becomes a spare, or goes."""
     _end_what_is_over(draft)
-    idle = [seat for seat in _idle(draft, draft.sitting()) if seat not in draft.taken]
+    idle = [seat for seat in _idle(draft, draft.sitting) if seat not in draft.taken]
     kept = [] if draft.snapshot.desired == "down" else [s for s in idle if _keep(draft, s)]
     _dismiss(draft, [seat for seat in idle if seat not in kept])
     _clear_away_the_dead(draft)
@@ -99,7 +98,7 @@ def _idle(draft: Draft, sitting: Iterable[Seat]) -> list[Seat]:
     taken = set(sitting)
     return [
         seat
-        for held in draft.living()
+        for held in draft.living
         if held.running_at is not None
         for node in held.nodes
         if (seat := Seat(node=node, allocation=held.name)) not in taken and draft.is_usable(seat)
@@ -158,8 +157,7 @@ def _quarantine(draft: Draft, seat: Seat, boot_id: str) -> bool:
     if not facts:
         return False
     finding = facts.unfit[0]
-    ledger = draft.snapshot.ledger
-    if ledger.brake(finding.check, len(draft.context.known), draft.now):
+    if draft.brake(finding.check, [seat.node]):
         return True  # it stays, unfit and visible: another would be no better
     if not draft.context.shares_machine:
         device = f"{finding.device}: " if finding.device else ""
@@ -184,8 +182,8 @@ def _owner(draft: Draft, seat: Seat) -> str:
 
 def _end_what_is_over(draft: Draft) -> None:
     """Jobs that ended by themselves, and everything when the fleet is to go down."""
-    used = {seat.allocation for seat in draft.sitting()}
-    for held in draft.living():
+    used = {seat.allocation for seat in draft.sitting}
+    for held in draft.living:
         if held.name in used:
             continue
         if draft.view(held.name).state == "gone":
@@ -215,9 +213,9 @@ def _clear_away_the_dead(draft: Draft) -> None:
     """An agent that died is swept, and its node is free again, or goes back to Slurm."""
     if draft.is_all_over or draft.snapshot.desired == "down":
         return
-    sitting = draft.sitting()
+    sitting = draft.sitting
     used = {seat.allocation for seat in sitting} | {seat.allocation for seat in draft.taken}
-    for held in draft.living():
+    for held in draft.living:
         if held.running_at is None or (not draft.context.pool and held.name not in used):
             continue  # a job that nobody uses goes as a whole
         gone = tuple(
@@ -245,7 +243,7 @@ def _have_spares(draft: Draft, kept: list[Seat]) -> None:
     if draft.is_all_over:
         return
     wanted = draft.context.spec.spares
-    used = {seat.allocation for seat in draft.sitting()} | {s.allocation for s in draft.taken}
+    used = {seat.allocation for seat in draft.sitting} | {s.allocation for s in draft.taken}
     by_allocation: dict[str, int] = {}
     for seat in kept:
         by_allocation[seat.allocation] = by_allocation.get(seat.allocation, 0) + 1
@@ -255,10 +253,10 @@ def _have_spares(draft: Draft, kept: list[Seat]) -> None:
         for name, replica in draft.record.replicas.items()
         if not replica.over and len(replica.seats) < draft.context.spec.nodes
     }
-    coming = [held for held in draft.living() if held.running_at is None]
+    coming = [held for held in draft.living if held.running_at is None]
     coming_spares = [held for held in coming if held.owner not in owners]
     have = len(kept) + sum(held.size for held in coming_spares)
-    for held in reversed(draft.living()):
+    for held in reversed(draft.living):
         is_spares = held.owner not in owners
         size = by_allocation.get(held.name, 0) if held.running_at else held.size
         if held.name in used or (not is_spares and (held.running_at is None or short)):
@@ -284,7 +282,7 @@ def _have_spares(draft: Draft, kept: list[Seat]) -> None:
 
 def _is_asking(draft: Draft) -> bool:
     """Whether nodes are on their way of which it is not known yet which they are."""
-    pending = any(held.running_at is None for held in draft.living())
+    pending = any(held.running_at is None for held in draft.living)
     return pending or any(isinstance(step, Allocate) for step in draft.steps)
 
 
@@ -327,7 +325,7 @@ def _ask_for_spares(draft: Draft, missing: int) -> None:
         elif not draft.context.pool:
             draft.allocate(name, 1, ())
             draft.wait(f"spare {name}", "a node")
-        elif free := draft.free_nodes():
+        elif free := draft.free_nodes(1):
             draft.allocate(name, 1, (free[0],))
             draft.wait(f"spare {name}", "its agent")
         else:

@@ -93,7 +93,7 @@ def rehearsed(draft: Draft, replica: ReplicaRecord) -> bool:
 
 def lost_too_often(draft: Draft, replica: ReplicaRecord, node: str) -> None:
     """A node that is lost again and again is kept out until somebody has looked at it."""
-    if draft.snapshot.ledger.brake(LOST_CHECK, len(draft.context.known), draft.now):
+    if draft.brake(LOST_CHECK, [node]):
         return
     cordon = Cordon(
         node=node,
@@ -116,13 +116,21 @@ def _why_not(draft: Draft, replica: ReplicaRecord, unfit: Unfit) -> str:
         return "This machine plays all nodes."
     if replica.swaps >= SWAPS_MAX:
         return f"{SWAPS_MAX} swaps were tried already."
-    if why := ledger.brake(unfit.finding.check, len(context.known), draft.now):
+    if why := _brake(draft, unfit):
         return f"No more automatic quarantine: {why}."
-    taken = {seat.node for seat, owner in draft.sitting().items() if owner.name != replica.name}
+    taken = {seat.node for seat, owner in draft.sitting.items() if owner.name != replica.name}
     barred = taken | ledger.cordons.keys() | unfit.blamed.keys()
     if len(set(context.known) - barred) < context.spec.nodes and not replica.served:
         return "No other node is free to take its place."
     return ""
+
+
+def _brake(draft: Draft, unfit: Unfit) -> str:
+    by_check: dict[str, list[str]] = {}
+    for node, finding in unfit.blamed.items():
+        by_check.setdefault(finding.check, []).append(node)
+    whys = (draft.brake(check, nodes) for check, nodes in by_check.items())
+    return next((why for why in whys if why), "")
 
 
 def _refused(unfit: Unfit, why: str, now: float) -> Failure:

@@ -185,6 +185,8 @@ def test_kill_9_of_an_engine_costs_no_request_and_begun_streams_go_on_with_the_s
     assert found == {text: answer.choices[0].message.content for text, answer in expected.items()}
     assert eventually(lambda: fleet.status()[1]["phase"] == "degraded")
     assert one.chat.completions.create(**asked("after")).usage.completion_tokens == 12
+    assert eventually(lambda: fleet.status()[0] == 0, 150), "the replica comes again by itself"
+    assert sorted(one["generation"] for one in fleet.status()[1]["replicas"]) == [1, 2]
 
 
 def running(fleet) -> int:

@@ -70,6 +70,7 @@ def test_a_rank_that_dies_takes_the_real_engine_down_everywhere_within_15_s(
 ):
     name = f"f-{backend}-{executor}-{fault}"
     fleet = _fleet(name, backend, executor, {"pipeline": 2}, "fork", shared_dir, shared_cli)
+    fleet.spec["limits"] = {**fleet.spec.get("limits", {}), "restarts": 0}
     try:
         code, document = fleet.up("--nodes", "2", timeout=400)
         assert code == 0, document["error"]

@@ -71,6 +71,17 @@ class SimBackend:
         self.world.assign(allocation.base.root.name, node, assignment)
         self._end(lost=lost)
 
+    def _sweep(self, name: str, node: str) -> None:
+        """What serves as it should is not swept."""
+        agent = self.world.agents.get((name, node))
+        serves = agent and agent.alive and agent.engine and agent.engine.serving
+        for replica in self.record.replicas.values() if self.record and serves else ():
+            sits = any((seat.allocation, seat.node) == (name, node) for seat in replica.seats)
+            ranked = replica.ranked_at is not None and not replica.is_restarting
+            if sits and ranked and replica.intent == "up" and agent.engine.gone_at is None:
+                raise SimError(f"{name}/{node} serves {replica.name} and is swept")
+        self.world.sweep(name, node)
+
     def look(self, allocation: Allocation, nodes: tuple[str, ...]) -> dict[str, Seen]:
         name = allocation.base.root.name
         seen = {}
@@ -114,7 +125,7 @@ class SimHosts(SimBackend):
         away = []
         for node in allocation.nodes if nodes is None else nodes:
             if self.world.in_sight(node):
-                self.world.sweep(name, node)
+                self._sweep(name, node)
             else:
                 away.append(node)
         if away:
@@ -178,6 +189,9 @@ class SimSlurm(SimBackend):
         if job is not None and nodes is not None:
             self._shrink(job, nodes)
         elif job is not None:
+            for node in job.nodes:
+                if self.world.in_sight(node):
+                    self._sweep(job.name, node)
             self.end(job)
         self._end(lost=lost)
 

@@ -92,6 +92,7 @@ _KINDS = (
     ("stubborn", 2),
     ("disk", 1),
     ("switch", 1),
+    ("rollout", 1),
 )
 
 
