@@ -50,6 +50,9 @@ class Executor:
         self._failed_step: Step | None = None
 
     def apply(self, plan: Plan, now: float) -> None:
+        """Every step of the plan, in order; what could not be done is told and tried again."""
+        if plan.steps:
+            self.record = self.record.model_copy(update={"seen_at": now})
         stuck: set[str] = set()
         for step in plan.steps:
             if step.about in stuck:

@@ -21,7 +21,7 @@ from launcher.files import make_private, read_document, write_document
 from launcher.herald import Herald
 from launcher.journal import Journal
 from launcher.loop import Loop
-from launcher.observe import Observer
+from launcher.observe import Observer, RealClock
 from launcher.paths import FleetPaths
 from launcher.planning import new_record
 from launcher.pulse import Pulse
@@ -85,7 +85,7 @@ class Controller:
         pulse = Pulse(read_secrets(self.paths.secrets)["agent_token"].encode())
         pulse.woken = self._woken
         pulse.start()
-        observer = Observer(ground.backend, pulse)
+        observer = Observer(ground.backend, pulse, RealClock(record.seen_at))
         loop = Loop(ground.context, observer, executor, store, ground.allocation)
         try:
             while not self._ordered_to_end and not self._round(loop, executor, traffic):

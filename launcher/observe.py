@@ -31,10 +31,10 @@ class Heartbeats(Protocol):
 
 class RealClock:
     """The wall clock as it was at the start, carried on by the monotonic one: a clock that is set
-    while we run moves no deadline."""
+    while we run moves no deadline. at_least: the latest time that an earlier controller noted."""
 
-    def __init__(self) -> None:
-        self._began_at = time.time() - time.monotonic()
+    def __init__(self, at_least: float = 0.0) -> None:
+        self._began_at = max(time.time(), at_least) - time.monotonic()
 
     def now(self) -> float:
         return self._began_at + time.monotonic()

@@ -131,10 +131,12 @@ class ReplicaRecord(BaseModel):
 
 
 class RunRecord(Document):
-    """One run of a fleet. counts: allocations by owner, over the fleet's whole life."""
+    """One run of a fleet. counts: allocations by owner, over the fleet's whole life. seen_at: the
+    latest time that is in here; the next controller's clock does not begin before it."""
 
     run: int
     started_at: float
+    seen_at: float = 0.0
     replicas: dict[str, ReplicaRecord] = Field(default_factory=dict)
     allocations: dict[str, AllocationRecord] = Field(default_factory=dict)
     counts: dict[str, int] = Field(default_factory=dict)

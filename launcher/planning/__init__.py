@@ -9,7 +9,9 @@ exact that the executor has no choices. The plan of a fleet that is as it should
     unfit.py       a node that may not serve: swapped, or the fleet is refused
     drills.py      a fault that a person wants to see survived
     ending.py      engines are told to stop: for the next generation, or for good
-    holdings.py    allocations and spares: settled, kept, given back
+    holdings.py    allocations: settled, kept while they are of use, given back
+    spares.py      as many as the spec wants
+    drills.py      a fault on purpose, once
     draft.py       what the parts of one round share
 """
 

@@ -11,6 +11,8 @@ from launcher.snapshot import NOTHING, AllocationView, NodeView, Snapshot
 from launcher.steps import Allocate, Context, Quarantine, Step
 from launcher.verdicts import is_dead, is_lost, is_silent
 
+PAUSE_MAX_S = 60.0
+
 
 @dataclass
 class Draft:
@@ -160,3 +162,8 @@ class Draft:
 
 def agent_views(draft: Draft, replica: ReplicaRecord) -> dict[str, NodeView]:
     return draft.snapshot.agents(replica.seats)
+
+
+def rests(until: float, now: float) -> bool:
+    """Whether a pause goes on; a clock that was set back does not prolong it."""
+    return 0 < until - now <= PAUSE_MAX_S

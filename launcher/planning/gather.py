@@ -5,7 +5,7 @@ from launcher.attribution import back_off_s
 from launcher.planning.draft import Draft
 from launcher.planning.holdings import QUEUE_PATIENCE_S, candidates
 from launcher.record import AllocationRecord, Failure, ReplicaRecord, Seat
-from launcher.steps import Fail, Sit
+from launcher.steps import End, Fail, Sit
 from launcher.verdicts import is_dead, is_quiet
 
 
@@ -49,7 +49,8 @@ def seat(draft: Draft, replica: ReplicaRecord) -> bool:
 
 def _must_hurry(replica: ReplicaRecord) -> bool:
     """Whether it takes a spare: once it has lost what it had, not while it is first asked for."""
-    return bool(replica.seats or replica.served or replica.incidents or replica.swaps)
+    begun_before = replica.incidents or replica.swaps or replica.restarts_asked
+    return bool(replica.seats or replica.served or begun_before)
 
 
 def _is_lost(draft: Draft, one: Seat) -> bool:
@@ -138,6 +139,9 @@ def _ask_for(draft: Draft, replica: ReplicaRecord, missing: int, near: tuple[str
         if held.running_at is None and _is_awaited(draft, held)
     ]
     for held in coming:
+        if held.size > missing and draft.view(held.name).state == "pending" and replica.seats:
+            # A node came back meanwhile: what is asked for may be more than there will ever be.
+            draft.do(End(replica.name, held.name, f"{_count(missing)} will do"))
         _tell_pending(draft, replica, held)
     missing -= sum(held.size for held in coming)
     if missing <= 0:

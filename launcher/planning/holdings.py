@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from inventory.ledger import Cordon
 from launcher.documents import Assignment, Checks
-from launcher.planning.draft import Draft
+from launcher.planning.draft import Draft, rests
+from launcher.planning.spares import have_spares
 from launcher.record import AllocationRecord, Seat
 from launcher.spec import is_folder
 from launcher.steps import Allocate, Assign, Context, End, Quarantine, Release, Remind, Settle
@@ -12,7 +13,6 @@ from launcher.verdicts import is_dead, is_lost
 
 STOP_CONFIRM_S = 20.0
 REMIND_AFTER_S = 3.0
-PAUSE_MAX_S = 60.0
 QUEUE_PATIENCE_S = 60.0  # ours: an idle cluster starts a job within two seconds
 AWAY_KEPT_S = 60.0  # a job of whose agents none answers is given back after this
 
@@ -71,7 +71,7 @@ def tend(draft: Draft) -> None:
     kept = [] if draft.snapshot.desired == "down" else [s for s in idle if _keep(draft, s)]
     _dismiss(draft, [seat for seat in idle if seat not in kept])
     _clear_away_the_dead(draft)
-    _have_spares(draft, kept)
+    have_spares(draft, kept)
     for held in draft.record.allocations.values():
         if held.ending_at is not None and not held.released:
             _give_back(draft, held)
@@ -213,18 +213,18 @@ def _clear_away_the_dead(draft: Draft) -> None:
     """An agent that died is swept, and its node is free again, or goes back to Slurm."""
     if draft.is_all_over or draft.snapshot.desired == "down":
         return
-    sitting = draft.sitting
-    used = {seat.allocation for seat in sitting} | {seat.allocation for seat in draft.taken}
     for held in draft.living:
-        if held.running_at is None or (not draft.context.pool and held.name not in used):
-            continue  # a job that nobody uses goes as a whole
+        if held.running_at is None or rests(held.retry_at, draft.now):
+            continue
+        seats = [Seat(node=node, allocation=held.name) for node in held.nodes]
         gone = tuple(
-            node
-            for node in held.nodes
-            if (seat := Seat(node=node, allocation=held.name)) not in sitting
+            seat.node
+            for seat in seats
+            if seat not in draft.sitting
             and (is_dead(draft.snapshot.agent(seat)) or _never_came(draft, held, seat))
         )
-        if gone and not _rests(held.retry_at, draft.now):
+        is_of_use = any(seat in draft.sitting or draft.is_usable(seat) for seat in seats)
+        if gone and (draft.context.pool or is_of_use):  # a job of no use goes as a whole
             whole = set(gone) == set(held.nodes)
             insists = bool(draft.context.pool)  # a job that cannot be made smaller stays as it is
             draft.do(Release(held.owner, held.name, gone, whole=whole, insists=insists))
@@ -234,102 +234,6 @@ def _never_came(draft: Draft, held: AllocationRecord, seat: Seat) -> bool:
     agent = draft.snapshot.agent(seat)
     late = draft.now - (held.running_at or draft.now) > draft.context.spec.limits.agents
     return agent.report is None and agent.reachable and late
-
-
-def _have_spares(draft: Draft, kept: list[Seat]) -> None:
-    """As many as the spec wants, no more: what is too much goes back, the newest first."""
-    if draft.snapshot.desired == "down":
-        return
-    if draft.is_all_over:
-        return
-    wanted = draft.context.spec.spares
-    used = {seat.allocation for seat in draft.sitting} | {s.allocation for s in draft.taken}
-    by_allocation: dict[str, int] = {}
-    for seat in kept:
-        by_allocation[seat.allocation] = by_allocation.get(seat.allocation, 0) + 1
-    owners = {replica.name for replica in draft.record.replicas.values() if not replica.over}
-    short = {
-        name
-        for name, replica in draft.record.replicas.items()
-        if not replica.over and len(replica.seats) < draft.context.spec.nodes
-    }
-    coming = [held for held in draft.living if held.running_at is None]
-    coming_spares = [held for held in coming if held.owner not in owners]
-    have = len(kept) + sum(held.size for held in coming_spares)
-    for held in reversed(draft.living):
-        is_spares = held.owner not in owners
-        size = by_allocation.get(held.name, 0) if held.running_at else held.size
-        if held.name in used or (not is_spares and (held.running_at is None or short)):
-            continue
-        if held.running_at is not None and not _is_wholly_known(draft, held, kept):
-            continue
-        if (size and have - size >= wanted) or (held.running_at is not None and not size):
-            why = "there are spares enough" if size else "its nodes are not to be used"
-            draft.do(End(held.owner, held.name, why))
-            have -= size
-    # A job of a replica that it does not need any more (a spare came first).
-    for held in coming:
-        if held.owner in owners and held.owner not in short and _is_seated(draft, held.owner):
-            draft.do(End(held.owner, held.name, f"{held.owner} has its nodes"))
-    missing = wanted - have
-    if missing <= 0:
-        for held in coming_spares:
-            reason = draft.view(held.name).reason
-            draft.wait(f"spare {held.owner}", reason or "a node")
-        return
-    _ask_for_spares(draft, missing)
-
-
-def _is_asking(draft: Draft) -> bool:
-    """Whether nodes are on their way of which it is not known yet which they are."""
-    pending = any(held.running_at is None for held in draft.living)
-    return pending or any(isinstance(step, Allocate) for step in draft.steps)
-
-
-def _rests(until: float, now: float) -> bool:
-    """Whether a pause goes on; a clock that was set back does not prolong it."""
-    return 0 < until - now <= PAUSE_MAX_S
-
-
-def _is_wholly_known(draft: Draft, held: AllocationRecord, kept: list[Seat]) -> bool:
-    """Whether every node of it is idle, or lost to us for good: then it can go as a whole."""
-    here = {seat.node for seat in kept if seat.allocation == held.name}
-    for node in held.nodes:
-        seat = Seat(node=node, allocation=held.name)
-        agent = draft.snapshot.agent(seat)
-        if node not in here and not _held(draft, seat) and draft.is_usable(seat):
-            if not (agent.report and agent.report.facts and agent.report.facts.unfit):
-                return False
-        if node not in here and is_lost(agent) and not is_dead(agent):
-            return False  # away: it may come back, and cannot be swept now
-    return True
-
-
-def _is_seated(draft: Draft, owner: str) -> bool:
-    replica = draft.record.replicas[owner]
-    return len(replica.seats) == draft.context.spec.nodes and all(
-        draft.is_usable(seat) for seat in replica.seats
-    )
-
-
-def _ask_for_spares(draft: Draft, missing: int) -> None:
-    busy = {held.owner for held in draft.record.allocations.values() if not held.released}
-    names = (f"s{number}" for number in range(1, 10_000))
-    free_names = (name for name in names if name not in busy)
-    for name, _ in zip(free_names, range(missing), strict=False):
-        if _rests(draft.record.spares_not_before, draft.now):
-            why = draft.record.spares_problem
-            draft.wait(f"spare {name}", f"the next try ({why})" if why else "the next try")
-        elif not draft.context.pool and _is_asking(draft):
-            draft.wait(f"spare {name}", "the replicas to have their nodes")
-        elif not draft.context.pool:
-            draft.allocate(name, 1, ())
-            draft.wait(f"spare {name}", "a node")
-        elif free := draft.free_nodes(1):
-            draft.allocate(name, 1, (free[0],))
-            draft.wait(f"spare {name}", "its agent")
-        else:
-            draft.wait(f"spare {name}", "a free node")
 
 
 def _give_back(draft: Draft, held: AllocationRecord) -> None:
@@ -349,7 +253,7 @@ def _give_back(draft: Draft, held: AllocationRecord) -> None:
     if running and waited < STOP_CONFIRM_S:
         draft.wait(held.name, f"{', '.join(running)} to stop")
         return
-    if _rests(held.retry_at, draft.now):
+    if rests(held.retry_at, draft.now):
         draft.wait(held.name, "the next try to give it back")
         return
     insists = draft.snapshot.desired == "up" and not draft.is_all_over

@@ -175,7 +175,7 @@ def test_a_full_disk_on_one_host_is_refused_with_exit_code_3(fleet):
 class TestSlurmRefuses:
     @pytest.fixture
     def spec(self, shared_cli, shared_dir, fake_engine, shared_model, fleet_name):
-        return FleetUnderTest(
+        made = FleetUnderTest(
             shared_dir,
             shared_cli,
             fleet_name,
@@ -188,6 +188,8 @@ class TestSlurmRefuses:
                 "backend": {"slurm": {"partition": "gpu"}},
             },
         )
+        yield made
+        made.down()
 
     def test_a_partition_that_does_not_exist(self, spec):
         spec.spec["backend"] = {"slurm": {"partition": "gqu"}}

@@ -27,7 +27,7 @@ PURE = [
     *("launcher/gateway/events.py", "launcher/gateway/refusal.py", "launcher/gateway/members.py"),
     *("launcher/gateway/feed.py", "launcher/gateway/front.py", "launcher/gateway/metrics.py"),
     *(f"launcher/planning/{name}.py" for name in ("draft", "plan", "gather", "bringup")),
-    *(f"launcher/planning/{name}.py" for name in ("unfit", "ending", "holdings")),
+    *(f"launcher/planning/{name}.py" for name in ("unfit", "ending", "holdings", "spares")),
     *("launcher/gateway/keyring.py", "launcher/gateway/continuation.py"),
 ]
 

@@ -15,7 +15,7 @@ import yaml
 from openai import OpenAI
 
 from tests.cluster import bed
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Cli
 from tests.launcher.fleets import FleetUnderTest, engine_processes, eventually
 
 pytestmark = [
@@ -79,12 +79,15 @@ class Load:
 
 
 @pytest.fixture(params=["ssh", "slurm"])
-def fleet(request, shared_dir, shared_cli):
+def fleet(request, cluster):
     bed.up(5)
-    bed.clear()
-    bed.repair()
-    request.getfixturevalue("bootstrapped")
+    folder = ROOT / ".testbed/tmp/recovery"
+    folder.mkdir(parents=True, exist_ok=True)
+    cli = Cli({**os.environ, "LAUNCHER_STATE_DIR": str(folder / "state")}, folder)
+    if request.param == "ssh":
+        assert cli("bootstrap", "-f", str(ROOT / "examples/ssh.yaml")).returncode == 0
     example = yaml.safe_load((ROOT / f"examples/{request.param}.yaml").read_text())
+    del example["name"]
     backend = {"slurm": {"partition": "gpu", "walltime": "1h", "exclusive": True}}
     if request.param == "ssh":
         backend = {"ssh": {"inventory": str(ROOT / ".testbed/inventory.yaml")}}
@@ -100,17 +103,23 @@ def fleet(request, shared_dir, shared_cli):
         "env": {**example["env"], "CPU_ENGINE_START_METHOD": "fork"},
         "backend": backend,
     }
-    made = FleetUnderTest(shared_dir, shared_cli, f"rec-{request.param}", spec)
-    code, document = made.up(timeout=600)
-    assert code == 0, document["error"]
-    assert eventually(lambda: any(s["phase"] == "warm" for s in made.status()[1]["spares"]), 60)
-    made.document = document
-    yield made
-    print(made.cli("events", "--fleet", made.name, "--limit", "300").stdout)
-    bed.repair(wait_idle=False)
-    made.down()
-    bed.up(4)
-    bed.repair()
+    made = FleetUnderTest(folder, cli, f"rec-{request.param}", spec)
+    try:
+        code, document = made.up(timeout=600)
+        assert code == 0, document["error"]
+        told = made.cli("status", "--fleet", made.name)
+        assert eventually(lambda: _has_a_warm_spare(made), 120), told.stdout
+        made.document = document
+        yield made
+        print(made.cli("events", "--fleet", made.name, "--limit", "300").stdout)
+    finally:
+        bed.repair(wait_idle=False)
+        made.down()
+        bed.down()
+
+
+def _has_a_warm_spare(fleet) -> bool:
+    return any(spare["phase"] == "warm" for spare in fleet.status()[1]["spares"])
 
 
 def interrupted_at(fleet, after: float) -> float | None:

@@ -15,7 +15,11 @@ from tests.launcher.fleets import FleetUnderTest, ask, engine_processes, eventua
 pytestmark = pytest.mark.cluster
 
 
-@pytest.fixture(params=("slurm", "ssh"))
+# All of backend × fault is in `make acceptance`; here each backend and each fault is met.
+FULL = pytest.mark.acceptance
+
+
+@pytest.fixture
 def fleet(request, cluster, shared_cli, shared_dir, fake_engine, shared_model, fleet_name):
     backend = {"slurm": {"partition": "gpu", "walltime": "30m", "exclusive": True}}
     if request.param == "ssh":
@@ -89,7 +93,16 @@ class Asking(threading.Thread):
         self.join(60)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("fleet", "rank"),
+    [
+        ("slurm", 0),
+        ("ssh", 1),
+        pytest.param("slurm", 1, marks=FULL),
+        pytest.param("ssh", 0, marks=FULL),
+    ],
+    indirect=["fleet"],
+)
 def test_a_spare_takes_the_place_of_a_host_that_loses_power(fleet, rank):
     """Rank 0's host is the batch host under Slurm. In one case the controller dies, too."""
     fleet.spec["spares"] = 1
@@ -121,6 +134,7 @@ def test_a_spare_takes_the_place_of_a_host_that_loses_power(fleet, rank):
     assert eventually(lambda: len(spares(fleet)) == 1, 60.0), fleet.status()
 
 
+@pytest.mark.parametrize("fleet", ["ssh", pytest.param("slurm", marks=FULL)], indirect=True)
 def test_without_a_spare_it_says_what_it_waits_for_and_takes_a_returned_host(fleet):
     fleet.spec["replicas"] = 2
     code, document = fleet.up()
@@ -137,6 +151,7 @@ def test_without_a_spare_it_says_what_it_waits_for_and_takes_a_returned_host(fle
     assert fleet.status()[0] == 0
 
 
+@pytest.mark.parametrize("fleet", ["slurm", pytest.param("ssh", marks=FULL)], indirect=True)
 def test_a_cut_host_ends_its_engine_itself_and_is_used_again_when_it_is_back(fleet):
     fleet.spec["spares"] = 1
     code, document = fleet.up()

@@ -136,8 +136,7 @@ def test_a_stall_names_the_process_on_another_node_that_holds_it_up():
     leader = report("h1", "failed", evidence=stalled, member=member(0, token=True))
     held = report("h2", "serving", member=member(1).model_copy(update={"suspects": stopped}))
     views = {"h1": view("h1", leader), "h2": view("h2", held)}
-    world = type("World", (), {"nodes": views})()
-    failure = first_failure(replica(record), world, NOW)
+    failure = first_failure(replica(record), views, NOW)
     assert (failure.code, failure.exit_code, failure.where) == ("stall", 1, "node h2")
     assert failure.message == f"stalled: no token for 21 s; on h2: {stopped[0]}"
 

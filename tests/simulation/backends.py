@@ -229,6 +229,10 @@ class SimSlurm(SimBackend):
                 self._shrink(job, down)  # --no-kill
                 if not job.nodes:
                     job.state = "gone"
+        for job in self.jobs.values():
+            agents = [self.world.agents[job.name, node] for node in job.nodes]
+            if job.state == "running" and not any(agent.alive for agent in agents):
+                job.state = "gone"  # its supervisor sees that all agents have ended
         for agent in self.world.agents.values():
             job = self.jobs.get(agent.allocation)
             gone = job is None or job.state == "gone" or agent.node not in job.nodes
@@ -291,9 +295,9 @@ class SimClock:
         self.offset_s = 0.0
         self._offset_seen_s = 0.0
 
-    def begin(self) -> None:
-        """A new controller looks at the wall."""
-        self._offset_seen_s = self.offset_s
+    def begin(self, at_least: float) -> None:
+        """A new controller looks at the wall, and at what the one before it noted."""
+        self._offset_seen_s = max(self.offset_s, at_least - self._world.now)
 
     def now(self) -> float:
         return self._world.now + self._offset_seen_s

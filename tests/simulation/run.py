@@ -2,6 +2,7 @@
 
 import random
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,7 +162,7 @@ class Simulation:
         self._end()
 
     def _start_controller(self) -> None:
-        self.clock.begin()
+        self.clock.begin(self.store.kept.seen_at if self.store.kept else 0.0)
         record = self.store.kept or new_record(self.context, 1, None, self.clock.now())
         self.backend.record = self.store.kept
         ground = SimGround(self.backend)
@@ -372,8 +373,10 @@ class Simulation:
         ]
         if len(warm) != self.scenario.spares:
             names = [f"{agent.allocation}/{agent.node}" for agent in warm]
-            # Under Slurm a job keeps a node that it does not need as long as it has seats.
-            extra = [a for a in warm if any(s[0] == a.allocation for s in sitting)]
+            # What was asked for at once goes at once: a node too many stays beside one in use.
+            used = {name for name, _ in sitting}
+            count = Counter(agent.allocation for agent in warm)
+            extra = [a for a in warm if a.allocation in used or count[a.allocation] > 1]
             if len(warm) - len(extra) > self.scenario.spares or not extra:
                 raise BrokenError(f"{self.scenario.spares} spares are wanted, there are {names}")
 
