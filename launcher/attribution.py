@@ -27,8 +27,8 @@ _USERS_FAULT = re.compile(
     r"|trust_remote_code|No module named|ModuleNotFoundError",
     re.I,
 )
-# Slurm ended the job for reasons of its own: no fault of anybody.
-_EXPECTED_ENDS = re.compile(r"walltime is over|was preempted|a node failed")
+# No sign of a fault in the engine or its flags, so not charged to the budget.
+_NOT_COUNTED = ("node_lost", "allocation_over")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Verdict:
 def judge(limits: Limits, replica: ReplicaRecord, failure: Failure, now: float) -> Verdict:
     """What follows from this failure, given what happened before."""
     proven = replica.serving_at is not None
-    counts = failure.code != "node_lost" and not _EXPECTED_ENDS.search(failure.message)
+    counts = is_counted(failure)
     recent = [one for one in replica.incidents if now - one.at < BUDGET_WINDOW_S]
     wait_s = BACK_OFF_S[min(len(recent), len(BACK_OFF_S) - 1)]
     again = Verdict(again=True, counts=counts, not_before=now + wait_s)
@@ -69,6 +69,11 @@ def back_off_s(replica: ReplicaRecord, now: float) -> float:
     """How long the next generation still waits; a clock that was set back does not prolong it."""
     wait_s = replica.not_before - now
     return wait_s if 0 < wait_s <= BACK_OFF_S[-1] else 0.0
+
+
+def is_counted(failure: Failure) -> bool:
+    """Whether it is charged to the restart budget."""
+    return failure.code not in _NOT_COUNTED
 
 
 def node_of(failure: Failure) -> str:

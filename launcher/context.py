@@ -105,7 +105,11 @@ def make_ground(spec: FleetSpec, paths: FleetPaths, *, check: bool) -> Ground:
         user_id=os.getuid(),
         pool=() if backend.chooses_nodes else tuple(node.name for node in pool.nodes),
         known=tuple(node.name for node in pool.nodes),
-        places={node.name: (node.switch or "", node.rack or "") for node in pool.nodes},
+        places={
+            node.name: (node.switch or "", node.rack or "")
+            for node in pool.nodes
+            if node.switch or node.rack
+        },
         shares_machine=backend.shares_machine,
         gpus_per_node=gpus,
         secret_names=secret_names,

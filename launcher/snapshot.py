@@ -27,7 +27,10 @@ class NodeView:
 
 @dataclass(frozen=True)
 class AllocationView:
-    """What the backend says of one allocation. `unknown`: it did not answer; nothing is known."""
+    """What the backend says of one allocation. `unknown`: it did not answer; nothing is known.
+
+    is_ordinary: gone as jobs go (walltime, preemption, a node), which says nothing of the engine.
+    """
 
     state: AllocationState
     identity: str = ""
@@ -35,6 +38,7 @@ class AllocationView:
     reason: str = ""
     expected_start: float | None = None
     ends_at: float | None = None
+    is_ordinary: bool = False
     agents: dict[str, NodeView] = field(default_factory=dict)
 
 

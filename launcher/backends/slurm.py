@@ -16,6 +16,7 @@ from launcher.snapshot import AllocationView
 from launcher.spec import FleetSpec, SlurmBackend
 
 SCRIPT = "replica.sbatch"
+ORDINARY_ENDS = ("TIMEOUT", "PREEMPTED", "NODE_FAIL")
 
 
 class SubmitRecord(Document):
@@ -113,7 +114,13 @@ class Slurm(SharedFiles):
             )
         if job.state == "running":
             return AllocationView("running", label, job.nodes, ends_at=job.ends_at)
-        return AllocationView("gone", label, job.nodes, reason=self._ending(allocation, job))
+        return AllocationView(
+            "gone",
+            label,
+            job.nodes,
+            reason=self._ending(allocation, job),
+            is_ordinary=job.slurm_state in ORDINARY_ENDS,
+        )
 
     def release(self, allocation: Allocation, nodes: tuple[str, ...] | None = None) -> None:
         job = self._job(allocation)

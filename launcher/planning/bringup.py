@@ -167,7 +167,7 @@ def _look_at(
     if not watched:
         block = ports.block(replica.slot + _offset(draft, rank))
         own_ports = ports.to_check(block, leader=rank == 0)
-        wanted = checks(draft.context, seat.node, own_ports, draft.context.scripts)
+        wanted = checks(draft.context, seat.node, own_ports)
     assignment = Assignment(
         revision=draft.record.revision(seat) + 1, goal="idle", checks=wanted, peers=peers
     )

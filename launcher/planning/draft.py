@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 
+from health.report import Finding
 from inventory.ledger import Cordon
 from launcher.record import AllocationRecord, ReplicaRecord, RunRecord, Seat
 from launcher.snapshot import NOTHING, AllocationView, NodeView, Snapshot
@@ -148,6 +149,22 @@ class Draft:
             )
             ledger = ledger.with_cordon(cordon)
         return ""
+
+    def quarantine(self, about: str, node: str, finding: Finding, boot_id: str = "") -> None:
+        """Let no new work onto this node, with what was found there."""
+        device = f"{finding.device}: " if finding.device else ""
+        cordon = Cordon(
+            node=node,
+            kind="quarantine",
+            reason=f"{device}{finding.message}",
+            at=self.now,
+            by=f"fleet {self.context.spec.name}",
+            check=finding.check,
+            device=finding.device,
+            advice=finding.advice,
+            boot_id=boot_id,
+        )
+        self.do(Quarantine(about, cordon))
 
     def allocate(self, owner: str, size: int, nodes: tuple[str, ...]) -> None:
         """Ask for nodes: these, or any but the cordoned ones and our own where Slurm chooses."""

@@ -1,7 +1,7 @@
 """The end of a generation: for good (`down`, a failure), or for the next one. Pure."""
 
 from inventory import nodeset
-from launcher.attribution import node_of
+from launcher.attribution import is_counted, node_of
 from launcher.documents import Assignment
 from launcher.planning.draft import Draft, agent_views
 from launcher.planning.holdings import STOP_CONFIRM_S, stopped
@@ -171,7 +171,7 @@ def _incident(last: Incident, failure: Failure) -> Incident:
         "code": failure.code,
         "message": failure.message,
         "node": node_of(failure),
-        "counts": failure.code != "node_lost",
+        "counts": is_counted(failure),
     }
     return last.model_copy(update=changes)
 

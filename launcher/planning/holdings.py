@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable
 
-from inventory.ledger import Cordon
-from launcher.documents import Assignment, Checks
+from launcher.documents import Assignment, Checks, Report
 from launcher.planning.draft import Draft, rests
 from launcher.planning.spares import have_spares
 from launcher.record import AllocationRecord, Seat
 from launcher.spec import is_folder
-from launcher.steps import Allocate, Assign, Context, End, Quarantine, Release, Remind, Settle
+from launcher.steps import Allocate, Assign, Context, End, Release, Remind, Settle
 from launcher.verdicts import is_dead, is_lost
 
 STOP_CONFIRM_S = 20.0
@@ -77,12 +76,10 @@ def tend(draft: Draft) -> None:
             _give_back(draft, held)
 
 
-def checks(
-    context: Context, node: str, ports_to_check: tuple[int, ...], scripts: dict[str, str]
-) -> Checks:
+def checks(context: Context, node: str, ports_to_check: tuple[int, ...]) -> Checks:
     """What a node finds out about itself before it takes work."""
     return Checks(
-        probe_script=scripts["engine-probe.sh"],
+        probe_script=context.scripts["engine-probe.sh"],
         executor=context.layout.executor,
         model_folder=context.spec.model if is_folder(context.spec.model) else None,
         image=context.spec.runtime.image_file,
@@ -133,9 +130,9 @@ def _keep(draft: Draft, seat: Seat) -> bool:
     )
     order = draft.record.order(seat)
     if unfit and report.phase in ("idle", "warm"):
-        return _quarantine(draft, seat, report.boot_id)
+        return _quarantine(draft, seat, report)
     if order is None or order.goal == "rank":
-        wanted = checks(draft.context, seat.node, (), draft.context.scripts)
+        wanted = checks(draft.context, seat.node, ())
         revision = draft.record.revision(seat) + 1
         assignment = Assignment(revision=revision, goal="idle", checks=wanted, stop_grace_s=5)
         draft.do(Assign(_owner(draft, seat), seat, assignment))
@@ -151,28 +148,15 @@ def _dismiss(draft: Draft, idle: list[Seat]) -> None:
             draft.do(Assign(_owner(draft, seat), seat, stopped(draft, seat, 5, "not to be used")))
 
 
-def _quarantine(draft: Draft, seat: Seat, boot_id: str) -> bool:
-    report = draft.snapshot.agent(seat).report
-    facts = report and (report.facts if report.facts and report.facts.unfit else report.health)
-    if not facts:
+def _quarantine(draft: Draft, seat: Seat, report: Report) -> bool:
+    """Whether an unfit agent is kept all the same: where another would be no better."""
+    facts = report.facts if report.facts and report.facts.unfit else report.health
+    finding = facts.unfit[0] if facts and facts.unfit else None
+    if finding is None:
         return False
-    finding = facts.unfit[0]
-    if draft.brake(finding.check, [seat.node]):
-        return True  # it stays, unfit and visible: another would be no better
-    if not draft.context.shares_machine:
-        device = f"{finding.device}: " if finding.device else ""
-        cordon = Cordon(
-            node=seat.node,
-            kind="quarantine",
-            reason=f"{device}{finding.message}",
-            at=draft.now,
-            by=f"fleet {draft.context.spec.name}",
-            check=finding.check,
-            device=finding.device,
-            advice=finding.advice,
-            boot_id=boot_id,
-        )
-        draft.do(Quarantine(_owner(draft, seat), cordon))
+    if draft.context.shares_machine or draft.brake(finding.check, [seat.node]):
+        return True  # it stays, unfit and visible
+    draft.quarantine(_owner(draft, seat), seat.node, finding, report.boot_id)
     return False
 
 

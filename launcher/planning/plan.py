@@ -106,7 +106,7 @@ def _without_allocation(draft: Draft, replica: ReplicaRecord) -> Failure | None:
         view = draft.view(seat.allocation)
         if view.state == "gone":
             return Failure(
-                code="allocation",
+                code="allocation_over" if view.is_ordinary else "allocation",
                 exit_code=1,
                 message=f"the allocation ended: {view.reason or 'reason unknown'}",
                 hint="`launcher up` asks for a new one.",

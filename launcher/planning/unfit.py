@@ -1,12 +1,13 @@
 """A node is unfit: is it swapped for another one, or is the fleet refused? Pure."""
 
-from inventory.ledger import Cordon, Passed
+from health.report import Finding
+from inventory.ledger import Passed
 from launcher import rehearsal
 from launcher.documents import Report
 from launcher.fitness import Unfit
 from launcher.planning.draft import Draft, agent_views
 from launcher.record import Failure, ReplicaRecord
-from launcher.steps import End, Fail, Note, Pass, Quarantine, Sit
+from launcher.steps import End, Fail, Note, Pass, Sit
 from launcher.verdicts import replica_phase
 
 SWAPS_MAX = 3
@@ -19,19 +20,7 @@ def swap(draft: Draft, replica: ReplicaRecord, unfit: Unfit, reports: dict[str, 
         draft.do(Fail(replica.name, _refused(unfit, why, draft.now)))
         return
     for node, finding in unfit.blamed.items():
-        device = f"{finding.device}: " if finding.device else ""
-        cordon = Cordon(
-            node=node,
-            kind="quarantine",
-            reason=f"{device}{finding.message}",
-            at=draft.now,
-            by=f"fleet {draft.context.spec.name}",
-            check=finding.check,
-            device=finding.device,
-            advice=finding.advice,
-            boot_id=reports[node].boot_id,
-        )
-        draft.do(Quarantine(replica.name, cordon))
+        draft.quarantine(replica.name, node, finding, reports[node].boot_id)
     names = ", ".join(unfit.blamed)
     story = f"{names} swapped out by preflight: {unfit.message}"
     draft.wait(replica.name, f"another node for {names}")
@@ -95,16 +84,12 @@ def lost_too_often(draft: Draft, replica: ReplicaRecord, node: str) -> None:
     """A node that is lost again and again is kept out until somebody has looked at it."""
     if draft.brake(LOST_CHECK, [node]):
         return
-    cordon = Cordon(
-        node=node,
-        kind="quarantine",
-        reason="it was lost again within an hour",
-        at=draft.now,
-        by=f"fleet {draft.context.spec.name}",
+    finding = Finding(
         check=LOST_CHECK,
-        advice="look at the machine",
+        verdict="unhealthy",
+        message="it was lost again within an hour",
     )
-    draft.do(Quarantine(replica.name, cordon))
+    draft.quarantine(replica.name, node, finding)
 
 
 def _why_not(draft: Draft, replica: ReplicaRecord, unfit: Unfit) -> str:

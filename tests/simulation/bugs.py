@@ -1,6 +1,7 @@
 """Bugs put in by hand, to see that the simulation finds them: `python -m tests.simulation.bugs`.
 
-Each replaces one decision of the planner or executor by a wrong one that looks harmless.
+Each replaces one decision of the planner or executor by a wrong one that looks harmless. What
+`patch` does here is to put the bug in; nothing is mocked.
 """
 
 import logging

@@ -166,9 +166,9 @@ class Simulation:
         record = self.store.kept or new_record(self.context, 1, None, self.clock.now())
         self.backend.record = self.store.kept
         ground = SimGround(self.backend)
-        executor = Executor(ground, record, self.store)  # type: ignore[arg-type]
+        executor = Executor(ground, record, self.store)
         self.pulse = SimPulse(self.world, self.clock)
-        observer = Observer(self.backend, self.pulse, self.clock)  # type: ignore[arg-type]
+        observer = Observer(self.backend, self.pulse, self.clock)
         self.executor = executor
         self.loop = Loop(self.context, observer, executor, self.store, ground.allocation)
 
