@@ -82,6 +82,7 @@ class Engine:
     _bundle: Bundle | None = None
     _suspects: Suspects = field(default_factory=Suspects)
     _told: set[str] = field(default_factory=set)
+    _ending: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def scratch(self) -> Path:
@@ -152,7 +153,7 @@ class Engine:
         self._pending = []
         for process in list(self._processes):
             processes.signal_group(process.child.pid, signal.SIGTERM)
-        timer = threading.Timer(FENCE_GRACE_S, self._kill_everything)
+        timer = threading.Timer(FENCE_GRACE_S, self._kill_unless_gone)
         timer.daemon = True
         timer.start()
 
@@ -371,6 +372,12 @@ class Engine:
         if not left and not processes.descendants():
             self._clean_up()
 
+    def _kill_unless_gone(self) -> None:
+        """The mark is the agent's: what carries it once we are gone is the next generation."""
+        with self._ending:
+            if not self.gone:
+                self._kill_everything()
+
     def _kill_everything(self) -> None:
         for process in list(self._processes):
             if process.child.returncode is None:
@@ -386,7 +393,8 @@ class Engine:
         shutil.rmtree(self.scratch, ignore_errors=True)
         if self._guard:
             self._guard.close()
-        self.gone = True
+        with self._ending:
+            self.gone = True
 
 
 def own_ports(member: Member) -> dict[str, int]:

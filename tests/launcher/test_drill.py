@@ -345,6 +345,8 @@ def test_an_engine_and_then_a_node_are_killed_under_load_and_no_request_fails(fl
     told = fleet.cli("events", "--fleet", fleet.name).stdout
     assert "n1 is drilled: rank" in told
     assert "n2 is drilled: node" in told
+    # The survivor's fence has a KILL that comes 5 s later: it must not meet the next generation.
+    assert not eventually(lambda: fleet.status()["replicas"][0]["generation"] != 3, 7.0)
 
 
 def test_a_fleet_that_does_not_fully_serve_is_not_drilled_and_a_wrong_fault_is_named(fleet):
