@@ -16,6 +16,7 @@ from launcher.record import (
 from launcher.steps import (
     Allocate,
     Assign,
+    Close,
     Down,
     End,
     Fail,
@@ -176,6 +177,8 @@ def remember(record: RunRecord, step: Step, now: float) -> RunRecord:
             return _without_nodes(record, step)
         case Quarantine():
             return record
+        case Close(reason=reason):
+            return record.model_copy(update={"closed": reason})
         case _:
             replica = record.replicas[step.about]
             after = replica.model_copy(update=_changes(replica, step, now))
@@ -340,6 +343,8 @@ def _details(step: Step) -> dict[str, object]:
                 "where": step.failure.where,
                 "evidence": evidence.model_dump() if evidence else None,
             }
+        case Close(reason=reason):
+            return {"reason": reason}
         case End():
             return {**about, "allocation": step.allocation, "reason": step.reason}
         case Release():

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.apply import Executor
@@ -102,6 +103,7 @@ class Controller:
         wish = read_wish(self.paths)
         if wish is not None and wish.run == self.wish.run:
             self.wish = wish
+        self._follow_spec(loop)
         snapshot = loop.look(self.wish, traffic.look(executor.record))
         traffic.give_orders(executor.record, snapshot)  # before anything is stopped
         plan = loop.plan(snapshot)
@@ -112,6 +114,17 @@ class Controller:
         self._write_status(executor.record, snapshot, plan)
         self._acted = bool(plan.steps)
         return plan.finished
+
+    def _follow_spec(self, loop: Loop) -> None:
+        """Some keys may change while the fleet runs: `up` writes them into the run's spec."""
+        try:
+            spec = read_document(self.run_paths.spec, FleetSpec)
+        except StateError as error:  # what was read last goes on to count
+            log.error("%s", error)
+            return
+        if spec is not None and spec != self.spec:
+            self.spec = spec
+            loop.context = replace(loop.context, spec=spec)
 
     def _turn_s(self, record: RunRecord) -> float:
         if self._acted:
@@ -146,6 +159,7 @@ class Controller:
             finished=plan.finished,
             known=self._known,
             leftover=self._leftover,
+            ttl_s=self.spec.limits.ttl,
         )
         status = self._herald.look(status)
         last = self._last_status
@@ -201,10 +215,8 @@ def write_failed_status(paths: FleetPaths, wish: Wish, error: FleetError) -> Non
     write_document(paths.status, status)
 
 
-def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    logging.getLogger("paramiko").setLevel(logging.WARNING)
-    paths = FleetPaths(Path(sys.argv[1]))
+def drive(paths: FleetPaths) -> int:
+    """Drive the fleet until its run is over, or until a signal ends us; the exit code."""
     make_private(paths.root)
     handle = take_the_wheel(paths)
     if handle is None:
@@ -229,6 +241,12 @@ def main() -> int:
             log.error("%s", error)
             write_failed_status(paths, wish, error)
             return error.exit_code
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("paramiko").setLevel(logging.WARNING)
+    return drive(FleetPaths(Path(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from launcher.paths import RUNS_KEPT, FleetPaths, state_root
 from launcher.spec import FleetSpec, differences
 from launcher.status import Status
 from launcher.wish import (
+    Driver,
     Wish,
     is_driven,
     next_run,
@@ -40,12 +41,16 @@ class Begun:
     since: float = 0.0  # an older status was left by a controller that is no more
 
 
-def begin(spec: FleetSpec, ground: Ground) -> Begun:
-    """Bring a fleet up, or join the run that already does. Raises before anything is started."""
+def begin(spec: FleetSpec, ground: Ground, *, drives: bool = False) -> Begun:
+    """Bring a fleet up, or join the run that already does. Raises before anything is started.
+
+    drives: the caller becomes its controller; no other one is started.
+    """
     paths = FleetPaths.of(spec.name)
     make_private(paths.root)
     current = read_wish(paths)
-    if current and current.desired == "down" and is_driven(paths):
+    start = _check_driverless if drives else ensure_driven
+    if current and is_driven(paths) and (current.desired == "down" or _closes(paths, current)):
         wait_until_over(paths, current, spec.limits.drain + 60)
     if current and current.desired == "up" and not _is_over(paths, current):
         running = read_document(paths.run(current.run).spec, FleetSpec)
@@ -59,7 +64,7 @@ def begin(spec: FleetSpec, ground: Ground) -> Begun:
         if running != spec:  # the keys that may change while it runs
             secretstore.provide_changed(spec, paths.secrets)
             write_document(paths.run(current.run).spec, spec)
-        return Begun(paths, current, adopted=True, since=ensure_driven(paths, current))
+        return Begun(paths, current, adopted=True, since=start(paths, current))
     ground.backend.close()
     check_address(spec, paths)
     run = next_run(paths)
@@ -67,7 +72,7 @@ def begin(spec: FleetSpec, ground: Ground) -> Begun:
     make_private(paths.run(run).root)
     write_document(paths.run(run).spec, spec)
     wish = write_wish(paths, run, "up")
-    since = ensure_driven(paths, wish)
+    since = start(paths, wish)
     _rotate(paths, run)
     return Begun(paths, wish, adopted=False, since=since)
 
@@ -110,6 +115,18 @@ def ensure_driven(paths: FleetPaths, wish: Wish) -> float:
     now = time.time()
     start_controller(paths, wish.run)
     return now
+
+
+def _check_driverless(paths: FleetPaths, wish: Wish) -> float:
+    if is_driven(paths):
+        driver = read_document(paths.controller, Driver)
+        who = f" (pid {driver.pid} on {driver.host})" if driver else ""
+        raise UsageError(
+            f"run {wish.run} has a controller already{who}",
+            where="--foreground",
+            hint="Leave --foreground out to watch it, or end that process first.",
+        )
+    return time.time()
 
 
 def watch(paths: FleetPaths, wish: Wish, since: float = 0.0) -> Iterator[Status | None]:
@@ -214,6 +231,12 @@ def spec_of(paths: FleetPaths, run: int) -> FleetSpec:
 def _is_over(paths: FleetPaths, wish: Wish) -> bool:
     status = read_status(paths, wish.run)
     return status is not None and status.finished
+
+
+def _closes(paths: FleetPaths, wish: Wish) -> bool:
+    """Whether the run is ending by itself."""
+    status = read_status(paths, wish.run)
+    return status is not None and bool(status.closed)
 
 
 def _rotate(paths: FleetPaths, newest: int) -> None:

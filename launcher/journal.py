@@ -27,6 +27,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     return _parse(text)
 
 
+def since(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """The events from this byte on, as far as they are whole, and where the next one begins."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            raw = file.read()
+    except OSError:
+        return [], offset
+    whole = raw[: raw.rfind(b"\n") + 1]
+    return _parse(whole.decode("utf-8", "replace")), offset + len(whole)
+
+
 def read_end(path: Path, limit_bytes: int) -> list[dict[str, Any]]:
     """The last events, however long the journal is."""
     return _parse(read_tail(path, limit_bytes))

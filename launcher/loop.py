@@ -31,7 +31,7 @@ class Loop:
         store: Store,
         describe: Callable[[int, AllocationRecord], Allocation],
     ) -> None:
-        self._context = context
+        self.context = context
         self._observer = observer
         self._executor = executor
         self._store = store
@@ -50,7 +50,7 @@ class Loop:
         return self._observer.observe(
             record,
             described,
-            wish.desired,
+            "down" if record.closed else wish.desired,
             self._store.ledger(),
             gateway,
             wish.restarts,
@@ -59,8 +59,8 @@ class Loop:
 
     def plan(self, snapshot: Snapshot) -> Plan:
         """What is to be done; nothing where the plan breaks a rule."""
-        plan = make_plan(self._context, self.record, snapshot)
-        problems = lint(self._context, self.record, plan, snapshot)
+        plan = make_plan(self.context, self.record, snapshot)
+        problems = lint(self.context, self.record, plan, snapshot)
         if problems:
             self._store.note("refused", problems=problems)
             log.error("plan refused: %s", "; ".join(problems))

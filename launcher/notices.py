@@ -9,7 +9,7 @@ class Notice(Document):
 
     fleet: str
     at: float
-    event: str  # degraded, failed, serving (again), quarantined
+    event: str  # degraded, failed, serving (again), quarantined, ending (by itself)
     phase: str
     message: str
     where: str = ""
@@ -26,6 +26,8 @@ def dated(before: Status | None, now: Status) -> Status:
 
 def notices(before: Status | None, now: Status) -> list[Notice]:
     """What is to be told. Both were dated; `before` is None at the beginning of a run."""
+    if now.closed and not (before and before.closed):
+        return [_ends_by_itself(now)]
     if now.desired == "down":
         return []
     found = _quarantined(before, now)
@@ -78,6 +80,16 @@ def _serves_again(before: Status, now: Status) -> Notice:
         message=f"{_count(now)} again, after {took_s:.1f} s",
         where=came.name if came else "gateway",
         replica=came.name if came else "",
+    )
+
+
+def _ends_by_itself(now: Status) -> Notice:
+    return Notice(
+        fleet=now.fleet,
+        at=now.updated_at,
+        event="ending",
+        phase=now.phase,
+        message=f"the fleet ends: {now.closed}",
     )
 
 

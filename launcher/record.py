@@ -145,6 +145,7 @@ class RunRecord(Document):
     spares_not_before: float = 0.0
     spares_problem: str = ""
     drills: tuple[str, ...] = ()  # the ids of those that were taken up
+    closed: str = ""  # why the fleet ends although nobody wished it down
     endpoint: str | None = None
 
     def order(self, seat: Seat) -> Assignment | None:

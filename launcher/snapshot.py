@@ -49,13 +49,15 @@ NOTHING = AllocationView("none")
 class GatewayView:
     """The one address: whether it takes requests, and how many are under way at each replica.
 
-    requests: by replica; None where the gateway has not told since its last orders.
+    requests: by replica; None where the gateway has not told since its last orders. quiet_s: for
+    how long nobody has asked anything; None where that is not known.
     """
 
     is_up: bool = False
     address: str = ""
     requests: dict[str, int | None] = field(default_factory=dict)
     waiting: int = 0
+    quiet_s: float | None = None
     problem: str = ""
 
 

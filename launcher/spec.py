@@ -145,13 +145,19 @@ class SecretSource(Section):
 
 
 class Limits(Section):
-    """Deadlines. Each wait is for an observed fact and ends with a message that names it."""
+    """Deadlines. Each wait is for an observed fact and ends with a message that names it.
+
+    ttl: the fleet ends by itself so long after its `up`. idle: when nobody asked it anything for
+    so long. Nothing written: never.
+    """
 
     queue: Duration = 24 * 3600
     agents: Duration = 120
     start: Duration = 1800
     drain: Duration = 30
     orphan: Duration = 1800
+    ttl: Duration | None = None
+    idle: Duration | None = None
     restarts: Annotated[int, Field(ge=0, le=1000)] = 5  # in an hour; node losses are not counted
 
 

@@ -84,6 +84,8 @@ class Status(Document):
     waiting_for: list[str]
     error: StatusError | None = None
     leftover: str = ""  # what of the gateway did not end
+    closed: str = ""  # why it ends although nobody wished it down
+    ends_at: float | None = None  # by limits.ttl
     controller: str = "running"
     updated_at: float
     unwell_since: float | None = None  # since when it does not serve as it should
@@ -111,6 +113,7 @@ def make_status(
     finished: bool,
     known: tuple[str, ...] = (),
     leftover: str = "",
+    ttl_s: int | None = None,
 ) -> Status:
     replicas = [_replica(replica, record, snapshot) for replica in record.replicas.values()]
     failures = [r.failure for r in record.replicas.values() if r.failure]
@@ -150,6 +153,8 @@ def make_status(
         waiting_for=waits,
         error=error,
         leftover=leftover,
+        closed=record.closed,
+        ends_at=record.started_at + ttl_s if ttl_s else None,
         updated_at=snapshot.now,
         finished=finished,
     )

@@ -95,6 +95,14 @@ class Over:
 
 
 @dataclass(frozen=True)
+class Close:
+    """The fleet has lived as long as it was to, or nobody needs it: from now on it goes down."""
+
+    reason: str
+    about: str = ""
+
+
+@dataclass(frozen=True)
 class Revive:
     """A person wants a replica again that was given up."""
 
@@ -155,6 +163,7 @@ Step = (
     | Fail
     | Down
     | Over
+    | Close
     | Revive
     | End
     | Release

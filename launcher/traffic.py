@@ -36,6 +36,7 @@ class Traffic:
         self._failures = 0
         self._try_at = 0.0
         self._seen_orders = 0
+        self._heard: tuple[float | None, float] = (None, 0.0)  # what it said when, by our clock
 
     def look(self, record: RunRecord) -> GatewayView:
         """What the gateway says now."""
@@ -52,6 +53,7 @@ class Traffic:
             address=f"{state.address}/v1",
             requests=at,
             waiting=waiting,
+            quiet_s=min((process.quiet_s for process in state.processes), default=None),
             problem=state.problem,
         )
 
@@ -177,5 +179,13 @@ class Traffic:
             state = self._gateway.state()
         except (FleetError, OSError):
             return None
-        fresh = state is not None and time.time() - state.at < FRESH_S
-        return state if fresh else None
+        return state if state is not None and self._is_fresh(state.at) else None
+
+    def _is_fresh(self, at: float) -> bool:
+        """Whether the gateway speaks. Its clock may be another one than ours, and wrong: what
+        counts is that it moves; only the first time it is believed as it is."""
+        now = time.monotonic()
+        if at != self._heard[0]:
+            known = self._heard[0] is not None or abs(time.time() - at) < FRESH_S
+            self._heard = (at, now if known else now - FRESH_S)
+        return now - self._heard[1] < FRESH_S

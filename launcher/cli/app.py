@@ -87,6 +87,10 @@ def up(
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Do not wait until it serves.")
     ] = False,
+    foreground: Annotated[
+        bool,
+        typer.Option("--foreground", help="Be the controller: for systemd, or a container."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Bring a fleet up and print its endpoint. Run again, it joins what runs."""
@@ -107,7 +111,9 @@ def up(
     )
     if preflight:
         flags["preflight"] = preflight
-    _watched(lambda: command.up(file, flags, wait=not no_wait, as_json=as_json))
+    _watched(
+        lambda: command.up(file, flags, wait=not no_wait, foreground=foreground, as_json=as_json)
+    )
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """`launcher events`: what was done to a fleet and why, from the journal of its run."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from inventory import nodeset
@@ -24,28 +25,31 @@ def events(paths: FleetPaths, *, limit: int, follow: bool, as_json: bool) -> int
     wish = read_wish(paths)
     if wish is None:
         raise UsageError(f"{paths.root.name} has no run yet", where="events")
-    seen = 0
-    for event in _read(paths, wish.run, limit, follow=follow):
-        seen += 1
-        if as_json:
-            output.line(event)
-        elif told := story(event):
-            output.show(f"{_clock(event)}  {event.get('replica', '')!s:4}{told}")
-    if not seen and not as_json:
+    path = paths.run(wish.run).journal
+    found, offset = journal.since(path, 0)
+    for event in found[-limit:]:
+        _tell(event, as_json=as_json)
+    if not found and not as_json:
         output.say("nothing has happened yet")
+    if follow:
+        go_on(path, offset, as_json=as_json)
     return 0
 
 
-def _read(paths: FleetPaths, run: int, limit: int, *, follow: bool) -> Iterator[dict[str, Any]]:
-    path = paths.run(run).journal
-    told = journal.read(path)
-    yield from told[-limit:]
-    count = len(told)
-    while follow:
+def go_on(path: Path, offset: int, *, as_json: bool) -> None:
+    """Tell what happens from this byte of the journal on, for ever."""
+    while True:
+        found, offset = journal.since(path, offset)
+        for event in found:
+            _tell(event, as_json=as_json)
         time.sleep(FOLLOW_S)
-        told = journal.read(path)
-        yield from told[count:]
-        count = max(count, len(told))
+
+
+def _tell(event: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        output.line(event)
+    elif told := story(event):
+        output.show(f"{_clock(event)}  {event.get('replica', '')!s:4}{told}")
 
 
 def story(event: dict[str, Any]) -> str | None:
@@ -115,6 +119,7 @@ _STORIES: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "interrupt": lambda event: f"this generation ended: {event.get('message')}",
     "sit": _seats,
     "revive": lambda _: "is brought up again",
+    "close": lambda event: f"the fleet ends: {event.get('reason')}",
     "end": lambda event: f"{event.get('allocation')} goes back: {event.get('reason')}",
     "quarantine": lambda event: f"{event.get('node')} is cordoned: {event.get('reason')}",
     "down": lambda _: "is to end",

@@ -18,7 +18,11 @@ def fleet_screen(
     ends = [r.allocation_ends_at for r in status.replicas if r.allocation_ends_at]
     if ends and status.phase in ("serving", "degraded", "starting"):
         head += f"   walltime {span(min(ends) - now)}"
+    if status.ends_at and not status.finished:
+        head += f"   ends in {span(status.ends_at - now)}"
     lines = [head]
+    if status.closed:
+        lines.append(f"{'ended' if status.finished else 'ends'} by itself: {status.closed}")
     if status.replicas:
         columns = _load_columns(load)
         rows = [["REPLICA", "GEN", "PHASE", "NODES", *columns, "SINCE"]]

@@ -3,12 +3,13 @@
 import getpass
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from launcher import fleets
-from launcher.cli import output, screens
+from launcher.cli import events, output, screens
 from launcher.cli.progress import Progress
 from launcher.context import make_ground
 from launcher.errors import DeadlineError
@@ -20,8 +21,10 @@ DOWN_WITHIN_S = 180.0
 SETTLED = ("serving", "failed", "stopped")
 
 
-def up(file: Path | None, flags: dict[str, Any], *, wait: bool, as_json: bool) -> int:
-    """Bring the fleet up and stay until it serves or has failed."""
+def up(
+    file: Path | None, flags: dict[str, Any], *, wait: bool, foreground: bool, as_json: bool
+) -> int:
+    """Bring the fleet up and stay until it serves or has failed; in the foreground, to its end."""
     loaded = load(file, flags)
     spec = loaded.spec
     check_model_folder(spec)
@@ -29,8 +32,10 @@ def up(file: Path | None, flags: dict[str, Any], *, wait: bool, as_json: bool) -
     # A run that is there is joined, also while a host of it is away.
     ground = make_ground(spec, paths, check=not fleets.is_up(paths))
     output.say(screens.plan_screen(ground))
-    begun = fleets.begin(spec, ground)
+    begun = fleets.begin(spec, ground, drives=foreground)
     output.say(f"{'joined' if begun.adopted else 'started'} run {begun.wish.run} of {spec.name}")
+    if foreground:
+        return _drive_here(begun, as_json)
     if not wait:
         status = _first_status(begun)
         _print(status, as_json)
@@ -39,7 +44,7 @@ def up(file: Path | None, flags: dict[str, Any], *, wait: bool, as_json: bool) -
     _print(status, as_json)
     if status.phase == "serving" and not as_json:
         _tell_how_to_use(status, begun.adopted)
-    return status.exit_code
+    return DeadlineError.exit_code if status.closed else status.exit_code
 
 
 def down(paths: FleetPaths, *, as_json: bool) -> int:
@@ -73,6 +78,27 @@ def down(paths: FleetPaths, *, as_json: bool) -> int:
         if replica.leftover:
             output.say(f"  not cleaned: {replica.leftover}")
     return 0
+
+
+def _drive_here(begun: fleets.Begun, as_json: bool) -> int:
+    """Be the controller, and say what happens. Its end by a signal is not the fleet's."""
+    from launcher import controller
+
+    path = begun.paths.run(begun.wish.run).journal
+    so_far = path.stat().st_size if path.exists() else 0
+    threading.Thread(
+        target=events.go_on, args=(path, so_far), kwargs={"as_json": as_json}, daemon=True
+    ).start()
+    code = controller.drive(begun.paths)
+    status = fleets.read_status(begun.paths, begun.wish.run)
+    if status is None or not status.finished:
+        name = begun.paths.root.name
+        output.say(
+            f"not driven from here any more; the fleet goes on (`launcher down --fleet {name}`)"
+        )
+        return code or 130
+    _print(status, as_json)
+    return status.exit_code
 
 
 def _first_status(begun: fleets.Begun) -> Status:

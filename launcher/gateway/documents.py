@@ -159,6 +159,7 @@ class TierState(BaseModel):
     orders_revision: int = 0
     in_flight: int = 0
     waiting: int = 0
+    quiet_s: float = 0.0  # since a request was under way here, or since this process started
     holding: int = 0
     body_bytes: int = 0
     rescued: int = 0

@@ -53,6 +53,8 @@ class Relay:
         self.settings = settings
         self.body_bytes = 0
         self.in_flight = 0
+        self._asking = 0
+        self._asked_at = time.monotonic()
         self._pool = pool
         self._counters = counters
         self._tally = tally
@@ -63,9 +65,16 @@ class Relay:
         """Requests of this process that have nothing of their answer yet."""
         return self._counters.own_waiting()
 
+    @property
+    def quiet_s(self) -> float:
+        """For how long nothing was asked of a model here; a list of models is nothing asked."""
+        return 0.0 if self._asking else time.monotonic() - self._asked_at
+
     async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request, whatever happens; a traceback here would be a dropped request."""
         self.in_flight += 1
+        asks = request.method == "POST"
+        self._asking += asks
         call: Call | None = None
         try:
             key = await self._key_of(request)
@@ -85,6 +94,9 @@ class Relay:
             )
         finally:
             self.in_flight -= 1
+            if asks:
+                self._asking -= 1
+                self._asked_at = time.monotonic()
             if call is not None:
                 self.body_bytes -= call.counted_bytes
                 call.end()

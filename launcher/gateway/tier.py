@@ -113,6 +113,7 @@ class Tier:
             orders_revision=self._pool.orders.revision,
             in_flight=self._relay.in_flight,
             waiting=self._relay.waiting,
+            quiet_s=self._relay.quiet_s,
             holding=self._tally.holding,
             body_bytes=self._relay.body_bytes,
             rescued=self._tally.rescued,

@@ -2,12 +2,12 @@
 
 from launcher import ports
 from launcher.attribution import is_repeated_loss, judge, node_of
-from launcher.planning import bringup, drills, ending, gather, holdings
+from launcher.planning import bringup, drills, ending, gather, holdings, lifetime
 from launcher.planning.draft import Draft, agent_views
 from launcher.planning.unfit import lost_too_often
 from launcher.record import Failure, Incident, ReplicaRecord, RunRecord
 from launcher.snapshot import Snapshot
-from launcher.steps import Context, Down, Fail, Interrupt, Plan, Revive
+from launcher.steps import Close, Context, Down, Fail, Interrupt, Plan, Revive
 from launcher.verdicts import first_failure
 
 FALLBACK_SERVES = "`launcher restart` or `down` and `up`: no replica is left, the fallback serves"
@@ -16,6 +16,8 @@ FALLBACK_SERVES = "`launcher restart` or `down` and `up`: no replica is left, th
 def make_plan(context: Context, record: RunRecord, snapshot: Snapshot) -> Plan:
     """All steps that can be taken now, over all replicas."""
     draft = Draft(context, record, snapshot)
+    if snapshot.desired == "up" and (reason := lifetime.why_over(draft)):
+        return Plan((Close(reason),))
     holdings.settle(draft)
     for replica in record.replicas.values():
         _plan_replica(draft, replica)
