@@ -1,5 +1,6 @@
 """What the CLI does to a fleet: begin a run, wish it up or down, watch its status. I/O."""
 
+import contextlib
 import os
 import shutil
 import time
@@ -29,6 +30,8 @@ from launcher.wish import (
 CONTROLLER_STARTS_MAX = 3
 CONTROLLER_APPEARS_S = 8.0
 WATCH_S = 0.2
+SILENT_AFTER_S = 30.0  # it writes at least each 5 s
+FULL_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -181,8 +184,10 @@ def read_status(paths: FleetPaths, run: int | None = None) -> Status | None:
 def current_status(paths: FleetPaths) -> Status | None:
     """The newest status, told apart by whether somebody still drives the fleet."""
     status = read_status(paths)
-    if status is None or status.finished or is_driven(paths):
+    if status is None or status.finished:
         return status
+    if is_driven(paths):
+        return _with_doubt(paths, status)
     seen = time.strftime("%H:%M:%S", time.localtime(status.updated_at))
     return status.model_copy(
         update={
@@ -193,6 +198,21 @@ def current_status(paths: FleetPaths) -> Status | None:
             ],
         }
     )
+
+
+def _with_doubt(paths: FleetPaths, status: Status) -> Status:
+    """Say that a status is old though a controller lives: it waits for the disk, or for a tool."""
+    with contextlib.suppress(OSError):
+        # By the file, not by what it says: the controller's clock may be another one.
+        written_s = time.time() - paths.status.stat().st_mtime
+        if written_s < SILENT_AFTER_S:
+            return status
+        free = shutil.disk_usage(paths.root).free
+        why = f"{paths.root} is full" if free < FULL_BYTES else "its controller.log says more"
+        silent = f"silent for {written_s:.0f} s"
+        waits = [*status.waiting_for, f"the controller, {silent}: {why}; what serves goes on"]
+        return status.model_copy(update={"controller": silent, "waiting_for": waits})
+    return status
 
 
 def all_fleets() -> list[FleetPaths]:

@@ -97,6 +97,8 @@ class Traffic:
             self._configure(record)  # a changed spec is followed without a restart
             self._failures = 0
             return
+        if self._gateway.is_starting():
+            return
         if time.monotonic() < self._try_at:
             return
         self._try_at = time.monotonic() + RETRY_S[min(self._failures, len(RETRY_S) - 1)]

@@ -11,6 +11,7 @@ _CAUSE = re.compile(
     r"|.*No space left on device.*)",
     re.I,
 )
+_HEADING = re.compile(r"\d+ validation errors? for \S+$")
 # These only report that something else failed before.
 _ECHO = re.compile(
     r"RayTaskError|See root cause above|EngineDeadError|Executor failed"
@@ -24,10 +25,12 @@ CAUSE_MAX = 400
 
 def cause(log: str) -> str:
     """The first line that names an error which is not the echo of another; empty if none does."""
-    for raw in log.splitlines():
-        text = _PREFIX.sub("", raw).strip()
+    lines = [_PREFIX.sub("", raw).strip() for raw in log.splitlines()]
+    for number, text in enumerate(lines):
         if _CAUSE.match(text) and not _ECHO.search(text):
-            return text[:CAUSE_MAX]
+            # Below a heading stands what is wrong.
+            told = lines[number : number + 2] if _HEADING.search(text) else [text]
+            return " ".join(told)[:CAUSE_MAX]
     return ""
 
 

@@ -61,6 +61,10 @@ class Gateway:
             return owner is not None
         return any(is_alive(one) for one in (owner.supervisor, owner.front, *owner.tier))
 
+    def is_starting(self) -> bool:
+        """Whether a supervisor that we started lives, though it may not have said so yet."""
+        return self._child is not None and self._child.poll() is None
+
     def _speaks(self) -> bool:
         """Whether the state of a gateway on another host changes, watched on our own clock."""
         state = self.state()
@@ -78,7 +82,7 @@ class Gateway:
     def start(self) -> None:
         """Start a supervisor in the background, unless one lives. It adopts what runs. Raises
         BackendError where the gateway runs on another host: two would share its orders."""
-        if self.is_supervised() or (self._child is not None and self._child.poll() is None):
+        if self.is_supervised() or self.is_starting():
             return
         owner = self.owner()
         if owner is not None and owner.host != socket.gethostname():
@@ -132,8 +136,7 @@ class Gateway:
             self.start()  # another one ends what the last one left
         limit = time.monotonic() + within_s
         while time.monotonic() < limit:
-            is_starting = self._child is not None and self._child.poll() is None
-            if self.owner() is None and not is_starting:
+            if self.owner() is None and not self.is_starting():
                 return ""
             with contextlib.suppress(BackendError):
                 self._signal(signal.SIGUSR1)  # look now

@@ -152,6 +152,20 @@ def shift_clock(host: str, library: Path, seconds: int) -> None:
     (tree / "preload").write_text(f"{library}\n" if seconds else "")
 
 
+def stop_slurmctld() -> None:
+    """Slurm's controller is away, at once; what it has saved counts when it is back."""
+    bed = hosts.load()
+    os.kill(bed.daemons["slurmctld"], signal.SIGKILL)
+    wait_for(lambda: not hosts.alive(bed.daemons["slurmctld"]), "slurmctld to end")
+
+
+def start_slurmctld() -> None:
+    """It is there again, and knows its jobs."""
+    bed = hosts.load()
+    if not hosts.alive(bed.daemons["slurmctld"]):
+        services.start_slurmctld(bed)
+
+
 def stop_sshd(host: str, *, hang: bool) -> None:
     """Let sshd take connections and say nothing (SIGSTOP), or go on."""
     pid = int((BED / f"run/sshd_{host}.pid").read_text())
@@ -180,9 +194,12 @@ def clear() -> None:
 def repair(*, wait_idle: bool = True) -> None:
     """Every host up, every link whole, and (once its jobs are over) every Slurm node idle."""
     bed = hosts.load()
+    if "slurmctld" in bed.daemons:
+        start_slurmctld()
     for host in names(bed.nodes):
         start(host)
         heal(host)
+        stop_sshd(host, hang=False)
     if wait_idle and "slurmctld" in bed.daemons:
         # After a cut slurmctld asks its slurmd again only minutes later; a boot registers at once.
         for host in services.not_responding():

@@ -1,14 +1,17 @@
 /* A wall clock that is wrong by the seconds in a file of the host.
- * Preloaded into one host's processes; time since boot is left alone. */
+ * Preloaded into one host's processes, or into one command's, which names its file; time since boot
+ * is left alone. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <sys/time.h>
 #include <time.h>
 
 static long shift(void) {
     long seconds = 0;
-    FILE *file = fopen("/run/nvml-stand-in/clock", "r");
+    const char *named = getenv("SHIFTED_CLOCK");
+    FILE *file = fopen(named ? named : "/run/nvml-stand-in/clock", "r");
     if (file) {
         if (fscanf(file, "%ld", &seconds) != 1) seconds = 0;
         fclose(file);

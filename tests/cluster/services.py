@@ -149,7 +149,7 @@ PartitionName=gpu Nodes={nodes} Default=YES MaxTime=INFINITE OverSubscribe=NO St
 
 
 def start_slurm(bed: Bed) -> None:
-    """munged and slurmctld; the slurmds start with their hosts."""
+    """munged and a fresh slurmctld; the slurmds start with their hosts."""
     run("install", "-d", "-o", "munge", "-g", "munge", "-m", "0755", "/run/munge")
     if not Path("/etc/munge/munge.key").exists():
         run("mungekey", "--create")
@@ -158,6 +158,10 @@ def start_slurm(bed: Bed) -> None:
         run("runuser", "-u", "munge", "--", "/usr/sbin/munged", "--force")
         wait_for(lambda: run("munge", "-n", check=False).returncode == 0, "munged")
         bed.daemons["munged"] = int(Path("/run/munge/munged.pid").read_text())
+    start_slurmctld(bed, "-c")
+
+
+def start_slurmctld(bed: Bed, *options: str) -> None:
     with (BED / "slurmctld.out").open("a") as log:
         outer = subprocess.Popen(
             [
@@ -167,7 +171,7 @@ def start_slurm(bed: Bed) -> None:
                 "--kill-child",
                 "sh",
                 "-c",
-                "hostname ctl; exec slurmctld -D -c",
+                f"hostname ctl; exec slurmctld -D {' '.join(options)}",
             ],
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.acceptance,
     pytest.mark.timeout(900),
 ]
+MENDED_AFTER_S = 120.0
 WAIT_MAX_S = 45.0  # no non-streaming request waits longer, whatever happens to one replica
 
 
@@ -58,7 +59,7 @@ class Load:
             try:
                 if streams:
                     for part in self._ask(stream=True):
-                        tokens += bool(part.choices and part.choices[0].text)
+                        tokens += bool(part.choices)  # a token may be no text yet
                 else:
                     self._ask()
                     self.longest_s = max(self.longest_s, time.monotonic() - began)
@@ -163,6 +164,7 @@ def test_two_replicas_and_a_spare_lose_a_node_under_load(fleet, fault):
     if fault in ("power", "cut"):
         assert detected_s < 6.0, "detection is a safety bound"
     if fault == "cut":
+        time.sleep(max(0.0, MENDED_AFTER_S - (time.time() - began)))
         bed.heal(victim)
         time_to_settle = 30.0
         assert not eventually(lambda: fleet.status()[0] != 0, time_to_settle), (

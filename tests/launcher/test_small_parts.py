@@ -125,6 +125,13 @@ RuntimeError: Engine core initialization failed. See root cause above.
 """
 
 
+def test_a_heading_is_no_cause_without_the_line_below_it():
+    log = """(APIServer pid=7) pydantic_core.ValidationError: 1 validation error for ModelConfig
+(APIServer pid=7)   Value error, User-specified max_model_len (500000) is greater than 512
+(APIServer pid=7)     For further information visit a page"""
+    assert "max_model_len (500000) is greater" in lastwords.cause(log)
+
+
 def test_the_cause_is_the_first_error_that_is_not_the_echo_of_another():
     assert lastwords.cause(LOG) == "RuntimeError: open shm failed. errno: 2"
     assert lastwords.cause("vllm: error: unrecognized arguments: --foo\n").endswith("--foo")
