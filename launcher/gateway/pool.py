@@ -147,6 +147,14 @@ class Pool:
     def may_come(self, tried: frozenset[str]) -> bool:
         return may_come(self.orders.members, tried, expects=self.orders.expects)
 
+    def awaits_a_verdict(self, tried: frozenset[str]) -> bool:
+        """Whether one of these seems to be down, and the controller has not said so."""
+        return any(
+            standing.member.goal == "serving" and not (standing.reachable and standing.is_sure)
+            for name, standing in self.standings.items()
+            if name in tried and not standing.member.fallback
+        )
+
     def unreachable(self, standing: Standing) -> None:
         """A try could not connect: nobody else is sent there until a check can."""
         standing.reachable = False

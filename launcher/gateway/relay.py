@@ -34,7 +34,8 @@ from launcher.gateway.tally import Tally
 TRIES_MAX = 3  # a request that kills engines must not kill them all
 BODY_TIMEOUT_S = 120.0
 BODIES_MAX_BYTES = 2 * 1024**3  # in one process; the next request is told to come back
-# After a replica died under a request, the controller has this long to say that another one comes.
+# After the controller has taken a replica that died under a request for dead, it has this long to
+# say that another one comes.
 VERDICT_S = 10.0
 KEY_HEADER = "X-Launcher-Key"
 
@@ -186,8 +187,7 @@ class Relay:
         try:
             while self._pool.orders.open:
                 left_s = self.settings.hold_s - call.waited_s
-                is_hopeful = self._pool.may_come(call.tried) or call.lost_since_s < VERDICT_S
-                if left_s <= 0 or not is_hopeful:
+                if left_s <= 0 or not self._is_hopeful(call):
                     raise nobody(call.waited_s)
                 await self._pool.wait_for_change(min(left_s, 1.0))
                 standing = self._pool.pick(call.tried, with_fallback=not call.has_tokens)
@@ -196,6 +196,15 @@ class Relay:
             raise closing()
         finally:
             self._tally.holding -= 1
+
+    def _is_hopeful(self, call: Call) -> bool:
+        """Whether somebody may come. While the controller is silent (its disk is full) nobody has
+        said of those that died here that they are given up."""
+        return (
+            self._pool.may_come(call.tried)
+            or call.lost_since_s < VERDICT_S
+            or self._pool.awaits_a_verdict(call.tried)
+        )
 
     async def _last_words(self, call: Call, lost: Lost) -> web.StreamResponse:
         """After the last try: what the engine said, or that it was tried."""

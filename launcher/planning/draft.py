@@ -13,6 +13,9 @@ from launcher.steps import Allocate, Context, Quarantine, Step
 from launcher.verdicts import is_dead, is_lost, is_silent
 
 PAUSE_MAX_S = 60.0
+# A spare's successor is asked for so long before its walltime ends, for it may have to queue; a
+# job of less than two hours gives a quarter of its time.
+SUCCESSOR_S = 1800.0
 
 
 @dataclass
@@ -102,6 +105,15 @@ class Draft:
         """Whether a rank may be given there: usable, and not about to be found lost."""
         agent = self.snapshot.agent(seat)
         return self.is_usable(seat) and (agent.report is None or not is_silent(agent))
+
+    def lasts(self, allocation: str) -> bool:
+        """Whether its walltime is far from over, as far as that is known."""
+        held = self.record.allocations[allocation]
+        ends_at = self.view(allocation).ends_at
+        if ends_at is None or held.running_at is None:
+            return True
+        lead_s = min(SUCCESSOR_S, (ends_at - held.running_at) / 4)
+        return ends_at - self.now > lead_s
 
     def is_told_to_stop(self, seat: Seat) -> bool:
         order = self.record.order(seat)

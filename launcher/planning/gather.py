@@ -26,7 +26,9 @@ def seat(draft: Draft, replica: ReplicaRecord) -> bool:
     if _must_hurry(replica):
         warm = [one for one in candidates(draft) if one not in draft.taken]
         near = tuple(one.node for one in kept)
-        warm.sort(key=lambda one: draft.distance(one.node, near))
+        warm.sort(
+            key=lambda one: (not draft.lasts(one.allocation), draft.distance(one.node, near))
+        )
         # Who is ready now comes before who is only expected.
         spares = [*warm, *(one for one in spares if one not in warm)]
         spares += _from_later_replicas(draft, replica) if len(found) + len(spares) < size else []

@@ -8,7 +8,7 @@ from launcher.planning.spares import have_spares
 from launcher.record import AllocationRecord, Seat
 from launcher.spec import is_folder
 from launcher.steps import Allocate, Assign, Context, End, Release, Remind, Settle
-from launcher.verdicts import is_dead, is_lost
+from launcher.verdicts import is_dead, is_lost, is_silent
 
 STOP_CONFIRM_S = 20.0
 REMIND_AFTER_S = 3.0
@@ -56,6 +56,22 @@ def remind(draft: Draft) -> None:
                 draft.do(Remind(held.owner, seat))
 
 
+def tell_unseen(draft: Draft) -> None:
+    """What is not seen goes on as it is; a person should know why nobody looks."""
+    silent: dict[str, None] = {}
+    for held in draft.living:
+        view = draft.view(held.name)
+        if view.state == "unknown" and held.running_at is not None:
+            silent[view.reason or "no answer"] = None
+        for agent in view.agents.values():
+            replica = draft.sitting.get(Seat(node=agent.node, allocation=held.name))
+            works = agent.report is not None and not is_silent(agent)
+            if agent.problem and (works or (replica is not None and replica.ranked_at)):
+                draft.wait(agent.node, f"{agent.problem}; what runs there goes on")
+    for reason in silent:
+        draft.wait("the backend", f"{reason}; what runs goes on")
+
+
 def candidates(draft: Draft) -> list[Seat]:
     """Agents that are fit and serve nobody: any replica may take them."""
     if draft.fit is None:
@@ -70,7 +86,7 @@ def tend(draft: Draft) -> None:
     kept = [] if draft.snapshot.desired == "down" else [s for s in idle if _keep(draft, s)]
     _dismiss(draft, [seat for seat in idle if seat not in kept])
     _clear_away_the_dead(draft)
-    have_spares(draft, kept)
+    have_spares(draft, kept, candidates(draft))
     for held in draft.record.allocations.values():
         if held.ending_at is not None and not held.released:
             _give_back(draft, held)

@@ -23,6 +23,7 @@ def make_plan(context: Context, record: RunRecord, snapshot: Snapshot) -> Plan:
         _plan_replica(draft, replica)
     holdings.tend(draft)
     holdings.remind(draft)
+    holdings.tell_unseen(draft)
     finished = draft.is_all_over and all(one.released for one in record.allocations.values())
     if finished and snapshot.desired == "up" and context.spec.gateway.fallback:
         return Plan(tuple(draft.steps), (*draft.waits, FALLBACK_SERVES), finished=False)

@@ -8,19 +8,22 @@ from launcher.steps import Allocate, End, Release
 from launcher.verdicts import is_dead, is_lost
 
 
-def have_spares(draft: Draft, kept: list[Seat]) -> None:
-    """Too many go back, the newest first; too few are asked for. kept: idle agents, or coming."""
+def have_spares(draft: Draft, kept: list[Seat], warm: list[Seat]) -> None:
+    """Too many go back, the newest first; too few are asked for. One whose walltime ends soon
+    counts no more, and goes when its successor is warm. kept: idle agents, or coming."""
     if draft.snapshot.desired == "down" or draft.is_all_over:
         return
     coming = [held for held in draft.living if held.running_at is None]
     spares = [held for held in coming if held.owner not in _owners(draft)]
-    have = len(kept) + sum(held.size for held in spares)
-    have -= _let_go(draft, kept, have - draft.context.spec.spares)
+    wanted = draft.context.spec.spares
+    have = sum(draft.lasts(seat.allocation) for seat in kept) + sum(one.size for one in spares)
+    ready = sum(draft.lasts(seat.allocation) for seat in warm)
+    have -= _let_go(draft, kept, have - wanted, replaced=ready >= wanted)
     for held in coming:
         # A job of a replica that it does not need any more: a spare came first.
         if held not in spares and _is_seated(draft, held.owner):
             draft.do(End(held.owner, held.name, f"{held.owner} has its nodes"))
-    missing = draft.context.spec.spares - have
+    missing = wanted - have
     if missing > 0:
         _ask_for_spares(draft, missing)
         return
@@ -34,8 +37,11 @@ def _owners(draft: Draft) -> set[str]:
     return {replica.name for replica in draft.record.replicas.values() if not replica.over}
 
 
-def _let_go(draft: Draft, kept: list[Seat], too_many: int) -> int:
-    """Give back what is too much, and what is of no use; how many idle nodes go with it."""
+def _let_go(draft: Draft, kept: list[Seat], too_many: int, *, replaced: bool) -> int:
+    """Give back what is too much, and what is of no use; how many idle nodes go with it.
+
+    replaced: whether those whose walltime ends soon have their successors.
+    """
     used = {seat.allocation for seat in draft.sitting} | {seat.allocation for seat in draft.taken}
     idle = Counter(seat.allocation for seat in kept)
     owners = _owners(draft)
@@ -57,6 +63,9 @@ def _let_go(draft: Draft, kept: list[Seat], too_many: int) -> int:
             continue
         if is_here and not size:
             draft.do(End(held.owner, held.name, "its nodes are not to be used"))
+        elif is_here and not draft.lasts(held.name):
+            if replaced:
+                draft.do(End(held.owner, held.name, "its walltime ends soon; others are warm"))
         elif size and size <= too_many - gone:
             draft.do(End(held.owner, held.name, "there are spares enough"))
             gone += size

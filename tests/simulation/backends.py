@@ -141,6 +141,7 @@ class Job:
     starts_at: float
     state: str = "pending"
     nodes: tuple[str, ...] = ()
+    began_at: float = 0.0
 
 
 class SimSlurm(SimBackend):
@@ -151,6 +152,7 @@ class SimSlurm(SimBackend):
         self.kind, self.chooses_nodes = "slurm", True
         self.jobs: dict[str, Job] = {}
         self.down_after_s = 40.0
+        self.walltime_s = 0.0
         self._down_since: dict[str, float] = {}
 
     def _error(self) -> Exception:
@@ -179,7 +181,10 @@ class SimSlurm(SimBackend):
         if job is None:
             return AllocationView("none")
         state = {"pending": "pending", "running": "running", "gone": "gone"}[job.state]
-        return AllocationView(state, f"job {job.name}", job.nodes, reason=job.state)
+        ends_at = job.began_at + self.walltime_s if self.walltime_s and job.nodes else None
+        return AllocationView(
+            state, f"job {job.name}", job.nodes, reason=job.state, ends_at=ends_at
+        )
 
     def release(self, allocation: Allocation, nodes: tuple[str, ...] | None = None) -> None:
         if self.mischief.scheduler_down:
@@ -224,11 +229,18 @@ class SimSlurm(SimBackend):
 
     def _schedule(self) -> None:
         down = self._believed_down()
+        self._end_jobs(down)
+        self._start_jobs(down)
+
+    def _end_jobs(self, down: set[str]) -> None:
         for job in self.jobs.values():
             if job.state == "running" and down & set(job.nodes):
                 self._shrink(job, down)  # --no-kill
                 if not job.nodes:
                     job.state = "gone"
+            if job.state == "running" and 0 < self.walltime_s < self.world.now - job.began_at:
+                self.world.tell(f"the walltime of {job.name} is over")
+                self.end(job)
         for job in self.jobs.values():
             agents = [self.world.agents[job.name, node] for node in job.nodes]
             if job.state == "running" and not any(agent.alive for agent in agents):
@@ -238,6 +250,8 @@ class SimSlurm(SimBackend):
             gone = job is None or job.state == "gone" or agent.node not in job.nodes
             if agent.alive and self.world.in_sight(agent.node) and gone:
                 self.world.sweep(agent.allocation, agent.node)  # slurmd has heard of it
+
+    def _start_jobs(self, down: set[str]) -> None:
         held = {node for job in self.jobs.values() if job.state == "running" for node in job.nodes}
         # A node on which an ended job's step may still run is completing, and not given out.
         held |= {
@@ -259,6 +273,7 @@ class SimSlurm(SimBackend):
             if len(free) < job.size:
                 continue
             job.state, job.nodes = "running", tuple(free[: job.size])
+            job.began_at = self.world.now
             held |= set(job.nodes)
             for node in job.nodes:
                 self.world.start_agent(job.name, node)

@@ -122,6 +122,7 @@ class Simulation:
         self.mischief = scenario.mischief
         kind = SimHosts if scenario.kind == "ssh" else SimSlurm
         self.backend: SimBackend = kind(self.world, self.rng, self.mischief)
+        self._set_walltime(scenario.walltime_s)
         self.context = context_of(
             scenario.kind,
             scenario.nodes,
@@ -299,6 +300,10 @@ class Simulation:
     def _uncordon(self, node: str) -> None:
         self.store.cordons = self.store.cordons.without(node)
 
+    def _set_walltime(self, walltime_s: float) -> None:
+        if isinstance(self.backend, SimSlurm):
+            self.backend.walltime_s = walltime_s
+
     def _scheduler_back(self) -> None:
         self.mischief.scheduler_down = False
 
@@ -325,6 +330,7 @@ class Simulation:
             self._uncordon(name)
         self._deaf_until = {}
         self.world.crash_chance = 0.0
+        self._set_walltime(0.0)
         self.mischief.lost_before = self.mischief.lost_after = self.mischief.killed = 0.0
         self._controller_away_until = min(self._controller_away_until, self.world.now + 5)
 

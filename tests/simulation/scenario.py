@@ -36,7 +36,7 @@ class Scenario:
     faults: tuple[Fault, ...]
     mischief: Mischief
     crash_chance: float = 0.0
-    slow_disk_s: float = 0.0
+    walltime_s: float = 0.0  # of every job, while there are faults; 0: none
     ends_down: bool = field(default=False)
 
     def __str__(self) -> str:
@@ -74,6 +74,7 @@ def draw(seed: int) -> Scenario:
         ),
         crash_chance=rng.choice([0.0, 0.0, 0.0, 0.01]),
         ends_down=rng.random() < 0.3,
+        walltime_s=rng.choice([0.0, 0.0, 60.0, 120.0]) if kind == "slurm" and not quiet else 0.0,
     )
 
 
