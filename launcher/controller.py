@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launcher.apply import Executor
 from launcher.context import make_ground, read_secrets
-from launcher.errors import FleetError, StateError
+from launcher.errors import FleetError, SlurmError, StateError
 from launcher.files import make_private, read_document, write_document
 from launcher.herald import Herald
 from launcher.journal import Journal
@@ -239,8 +239,15 @@ def drive(paths: FleetPaths) -> int:
             time.sleep(2.0)
         except FleetError as error:
             log.error("%s", error)
+            if _is_away(error) and read_record(paths, wish.run) is not None:
+                time.sleep(2.0)  # what runs goes on; it is adopted when Slurm answers again
+                continue
             write_failed_status(paths, wish, error)
             return error.exit_code
+
+
+def _is_away(error: FleetError) -> bool:
+    return isinstance(error, SlurmError) and error.unreachable
 
 
 def main() -> int:

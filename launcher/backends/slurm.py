@@ -1,6 +1,7 @@
 """Slurm: one allocation job for each replica, one agent per node in a step of its own. I/O."""
 
 import sys
+from collections.abc import Callable
 
 from inventory.model import Pool
 from launcher.backends.base import Allocation, Answer, Question
@@ -12,6 +13,7 @@ from launcher.paths import FleetPaths
 from launcher.render import sbatch_script
 from launcher.slurm_tools import cluster, jobs
 from launcher.slurm_tools.jobs import Job
+from launcher.slurm_tools.queue import Queue
 from launcher.snapshot import AllocationView
 from launcher.spec import FleetSpec, SlurmBackend
 
@@ -43,6 +45,7 @@ class Slurm(SharedFiles):
         self._block = spec.backend.slurm or SlurmBackend()
         self._paths = paths
         self._pool: Pool | None = None
+        self._queue = Queue()
 
     def check(self) -> None:
         pool = self.pool()
@@ -80,24 +83,27 @@ class Slurm(SharedFiles):
         return {SCRIPT: self._script(allocation)}
 
     def allocate(self, allocation: Allocation) -> None:
+        self._queue.check_reachable()
         make_private(self._paths.root)
         self.prepare(allocation)
-        if self._job(allocation) is not None:
+        self._queue.outdated()
+        if self._job(allocation, jobs.find) is not None:
             return  # submitted by an earlier life of the controller
         script = allocation.base.root / SCRIPT
         write_text(script, self._script(allocation), mode=0o700)
         try:
             identity = jobs.submit(script)
         except SlurmError as error:
-            job = None if not error.unreachable else self._job(allocation)
+            job = None if not error.unreachable else self._job(allocation, jobs.find)
             if job is None:
                 raise
             identity = job.identity  # the answer was lost, the job was not
         write_text(allocation.base.root / "job.json", SubmitRecord(job=identity).model_dump_json())
+        self._queue.outdated()
 
     def observe(self, allocation: Allocation) -> AllocationView:
         try:
-            job = self._job(allocation)
+            job = self._job(allocation, self._queue.look)
         except SlurmError as error:
             if error.unreachable:
                 return AllocationView("unknown", reason="Slurm's controller does not answer")
@@ -123,14 +129,18 @@ class Slurm(SharedFiles):
         )
 
     def release(self, allocation: Allocation, nodes: tuple[str, ...] | None = None) -> None:
-        job = self._job(allocation)
+        self._queue.check_reachable()
+        job = self._job(allocation, jobs.find)
         if nodes is not None:
             if job is not None and job.state == "running":
                 _shrink(job, nodes)
+                self._queue.outdated()
             return
         if job is not None and job.state != "ended":
             jobs.cancel(job.identity)
+            self._queue.outdated()
         self.forget_secrets(allocation)
+        self._queue.forget(allocation.name)
 
     def ask(self, questions: dict[str, Question], deadline_s: float) -> dict[str, Answer]:
         from launcher.backends.slurm_probe import ask_nodes  # submitit takes 0.2 s to import
@@ -139,7 +149,7 @@ class Slurm(SharedFiles):
         return ask_nodes(self._spec, questions, deadline_s, most)
 
     def close(self) -> None:
-        return
+        self._queue.close()
 
     def _script(self, allocation: Allocation) -> str:
         pool = self.pool()
@@ -158,10 +168,10 @@ class Slurm(SharedFiles):
             exclude=allocation.exclude,
         )
 
-    def _job(self, allocation: Allocation) -> Job | None:
+    def _job(self, allocation: Allocation, find: Callable[[str], list[Job]]) -> Job | None:
         """Our job of this name: the living one, else the one whose id was written down."""
         known = read_document(allocation.base.root / "job.json", SubmitRecord)
-        found = [job for job in jobs.find(allocation.name) if _is_ours(job, allocation, known)]
+        found = [job for job in find(allocation.name) if _is_ours(job, allocation, known)]
         living = [job for job in found if job.state != "ended"]
         if living:
             return living[-1]
