@@ -5,6 +5,7 @@
 It may be killed at any instant: the next one reads the record, looks at the world, and goes on.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -27,9 +28,10 @@ from launcher.paths import FleetPaths
 from launcher.planning import new_record
 from launcher.pulse import Pulse
 from launcher.record import RunRecord
+from launcher.slurm_tools.jobs import own_place
 from launcher.snapshot import Snapshot
 from launcher.spec import FleetSpec
-from launcher.status import Status, StatusError, make_status
+from launcher.status import Status, bare_status, make_status
 from launcher.steps import Plan
 from launcher.store import DiskStore
 from launcher.traffic import Traffic
@@ -62,6 +64,7 @@ class Controller:
         self._woken = threading.Event()
         self._beat = 0
         self._started_at = time.time()
+        self._place = own_place()
         self._last_status: Status | None = None
         self._ordered_to_end = False
         self._acted = False
@@ -96,6 +99,8 @@ class Controller:
             pulse.stop()
             self._herald.close()
             ground.backend.close()
+            with contextlib.suppress(StateError):
+                self._drive(ended=True)
 
     def _round(self, loop: Loop, executor: Executor, traffic: Traffic) -> bool:
         """One turn of the loop; True when nothing is left to do, ever."""
@@ -161,6 +166,9 @@ class Controller:
             leftover=self._leftover,
             ttl_s=self.spec.limits.ttl,
         )
+        if self._place:
+            words = f"running in Slurm job {self._place.job} on {self._place.node}"
+            status = status.model_copy(update={"controller": words})
         status = self._herald.look(status)
         last = self._last_status
         fresh = last is not None and status.updated_at - last.updated_at < STATUS_EVERY_S
@@ -170,7 +178,7 @@ class Controller:
         write_document(self.paths.status, status)
         self._last_status = status
 
-    def _drive(self) -> None:
+    def _drive(self, *, ended: bool = False) -> None:
         self._beat += 1
         write_document(
             self.paths.controller,
@@ -180,6 +188,8 @@ class Controller:
                 run=self.wish.run,
                 beat=self._beat,
                 started_at=self._started_at,
+                job=self._place.job if self._place else "",
+                ended=ended,
             ),
         )
 
@@ -190,27 +200,14 @@ class Controller:
 
 def write_failed_status(paths: FleetPaths, wish: Wish, error: FleetError) -> None:
     """The run cannot even begin: say so where `up` and `status` look."""
-    spec = read_document(paths.run(wish.run).spec, FleetSpec)
-    status = Status(
+    status = bare_status(
         fleet=paths.root.name,
         run=wish.run,
         desired=wish.desired,
-        phase="stopped" if wish.desired == "down" else "failed",
-        endpoint=None,
+        spec=read_document(paths.run(wish.run).spec, FleetSpec),
         api_key_file=str(paths.api_key),
-        model=spec.model if spec else "",
-        backend=spec.backend.kind if spec else "",
-        replicas=[],
-        waiting_for=[],
-        error=StatusError(
-            code=error.code,
-            message=error.message,
-            where=error.where,
-            hint=error.hint,
-            exit_code=error.exit_code,
-        ),
-        updated_at=time.time(),
-        finished=True,
+        now=time.time(),
+        error=error,
     )
     write_document(paths.status, status)
 

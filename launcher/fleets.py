@@ -1,6 +1,5 @@
 """What the CLI does to a fleet: begin a run, wish it up or down, watch its status. I/O."""
 
-import contextlib
 import os
 import shutil
 import time
@@ -8,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import secretstore
+from launcher import controller_job, driving, secretstore
 from launcher.context import Ground
 from launcher.errors import FleetError, PreflightError, SpecError, StateError, UsageError
 from launcher.files import make_private, read_document, read_tail, write_document
-from launcher.gateway.door import Gateway
+from launcher.gateway.door import FRESH_S, Gateway
 from launcher.gateway.owner import check_port_is_free
 from launcher.paths import RUNS_KEPT, FleetPaths, state_root
 from launcher.spec import FleetSpec, differences
@@ -23,7 +22,6 @@ from launcher.wish import (
     is_driven,
     next_run,
     read_wish,
-    start_controller,
     write_wish,
 )
 
@@ -32,6 +30,7 @@ CONTROLLER_APPEARS_S = 8.0
 WATCH_S = 0.2
 SILENT_AFTER_S = 30.0  # it writes at least each 5 s
 FULL_BYTES = 1024 * 1024
+STALE_S = 60.0  # a controller that takes over from a lost host has the lock before it drives
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ def begin(spec: FleetSpec, ground: Ground, *, drives: bool = False) -> Begun:
         return Begun(paths, current, adopted=True, since=start(paths, current))
     ground.backend.close()
     check_address(spec, paths)
+    controller_job.check(spec)
     run = next_run(paths)
     secretstore.provide(spec, paths.secrets)
     make_private(paths.run(run).root)
@@ -86,6 +86,8 @@ def check_address(spec: FleetSpec, paths: FleetPaths) -> None:
     for file in (spec.gateway.tls.certificate, spec.gateway.tls.key) if spec.gateway.tls else ():
         if not os.access(file, os.R_OK):
             raise SpecError("cannot be read", where=f"gateway.tls: {file}")
+    if spec.controller_job:
+        return  # nobody knows yet where it will listen
     if spec.port is None or Gateway(paths.gateway).is_supervised():
         return
     host = "127.0.0.1" if spec.backend.kind == "local" else "0.0.0.0"
@@ -105,8 +107,10 @@ def end(paths: FleetPaths) -> Wish | None:
     """Wish the fleet down; None where nothing is left to end."""
     current = read_wish(paths)
     if current is None or (_is_over(paths, current) and not is_driven(paths)):
+        driving.withdraw(paths)
         return None
     wish = write_wish(paths, current.run, "down")
+    driving.withdraw(paths)
     ensure_driven(paths, wish)
     return wish
 
@@ -116,7 +120,7 @@ def ensure_driven(paths: FleetPaths, wish: Wish) -> float:
     if is_driven(paths):
         return 0.0
     now = time.time()
-    start_controller(paths, wish.run)
+    driving.start(paths, wish)
     return now
 
 
@@ -138,16 +142,24 @@ def watch(paths: FleetPaths, wish: Wish, since: float = 0.0) -> Iterator[Status 
     Ends when the run is over. Raises StateError when no controller stays alive.
     """
     starts, quiet_since = 0, time.monotonic()
+    absence = driving.Absence(paths, wish)
     while True:
         status = read_status(paths, wish.run)
         if status is not None and status.updated_at < since:
             status = None
-        yield status
+        yield absence.tell(status)
         if status is not None and status.finished:
             return
         if is_driven(paths):
+            absence.forget()
             quiet_since = time.monotonic()
-        elif time.monotonic() - quiet_since > (2.0 if status else CONTROLLER_APPEARS_S):
+            time.sleep(WATCH_S)
+            continue
+        absence.look()
+        patience_s = max(2.0 if status else CONTROLLER_APPEARS_S, absence.patience_s)
+        if absence.must_wait():
+            quiet_since = time.monotonic()
+        elif time.monotonic() - quiet_since > patience_s:
             starts += 1
             if starts > CONTROLLER_STARTS_MAX:
                 raise StateError(
@@ -157,7 +169,7 @@ def watch(paths: FleetPaths, wish: Wish, since: float = 0.0) -> Iterator[Status 
                     ),
                     where=str(paths.run(wish.run).controller_log),
                 )
-            start_controller(paths, wish.run)
+            driving.start(paths, wish)
             quiet_since = time.monotonic()
         time.sleep(WATCH_S)
 
@@ -183,15 +195,28 @@ def read_status(paths: FleetPaths, run: int | None = None) -> Status | None:
 
 def current_status(paths: FleetPaths) -> Status | None:
     """The newest status, told apart by whether somebody still drives the fleet."""
-    status = read_status(paths)
+    status, wish = read_status(paths), read_wish(paths)
+    its = status if wish is None or (status and status.run == wish.run) else None
+    if wish is None or (its and its.finished):
+        return status
+    is_lively = is_driven(paths)
+    if is_lively and its is not None and _age_s(paths.status) < STALE_S:
+        return _with_doubt(paths, its)
+    absence = driving.Absence(paths, wish)
+    absence.look()
+    told = absence.tell(its)
+    if told is not None and told is not its:
+        return _as_reachable(paths, told)
     if status is None or status.finished:
         return status
-    if is_driven(paths):
+    if is_lively:
         return _with_doubt(paths, status)
+    status = _as_reachable(paths, status)
     seen = time.strftime("%H:%M:%S", time.localtime(status.updated_at))
+    last = f" ({absence.last})" if absence.last else ""
     return status.model_copy(
         update={
-            "controller": f"not running since {seen}",
+            "controller": f"not running since {seen}{last}",
             "waiting_for": [
                 *status.waiting_for,
                 f"a controller (last seen {seen}); `launcher up` starts one and adopts the fleet",
@@ -200,19 +225,40 @@ def current_status(paths: FleetPaths) -> Status | None:
     )
 
 
+def _age_s(file: Path) -> float:
+    """By the file, not by what it says: the clock of who wrote it may be another one."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except OSError:
+        return float("inf")
+
+
 def _with_doubt(paths: FleetPaths, status: Status) -> Status:
     """Say that a status is old though a controller lives: it waits for the disk, or for a tool."""
-    with contextlib.suppress(OSError):
-        # By the file, not by what it says: the controller's clock may be another one.
-        written_s = time.time() - paths.status.stat().st_mtime
-        if written_s < SILENT_AFTER_S:
-            return status
-        free = shutil.disk_usage(paths.root).free
-        why = f"{paths.root} is full" if free < FULL_BYTES else "its controller.log says more"
-        silent = f"silent for {written_s:.0f} s"
-        waits = [*status.waiting_for, f"the controller, {silent}: {why}; what serves goes on"]
-        return status.model_copy(update={"controller": silent, "waiting_for": waits})
-    return status
+    written_s = _age_s(paths.status)
+    if written_s < SILENT_AFTER_S:
+        return status
+    try:
+        is_full = shutil.disk_usage(paths.root).free < FULL_BYTES
+    except OSError:
+        is_full = False
+    why = f"{paths.root} is full" if is_full else "its controller.log says more"
+    silent = f"silent for {written_s:.0f} s"
+    waits = [*status.waiting_for, f"the controller, {silent}: {why}; what serves goes on"]
+    return status.model_copy(update={"controller": silent, "waiting_for": waits})
+
+
+def _as_reachable(paths: FleetPaths, status: Status) -> Status:
+    """What a controller that is no more said last, with what became of the gateway since: it ends
+    with the Slurm job that it runs in."""
+    state = Gateway(paths.gateway).state()
+    is_up = state is not None and state.front == "up" and _age_s(paths.gateway.state) < FRESH_S
+    if status.phase != "serving" or is_up:
+        return status
+    silent = f"the gateway, which says nothing ({status.endpoint})"
+    return status.model_copy(
+        update={"phase": "degraded", "waiting_for": [*status.waiting_for, silent]}
+    )
 
 
 def all_fleets() -> list[FleetPaths]:

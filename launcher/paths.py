@@ -6,6 +6,7 @@ $LAUNCHER_STATE_DIR (~/.local/state/launcher)
     ├── wish.json              what the user wants (the CLI writes, the controller reads)
     ├── status.json            what is (the controller writes, the CLI reads)
     ├── controller.json        who drives: host, pid, beat
+    ├── controller-job.json    the Slurm job that it was asked for in, where it has one
     ├── secrets/               mode 0700: api_key, engine_key, agent_token, HF_TOKEN …
     ├── gateway/               the one address (launcher/gateway/places.py)
     └── runs/RUN/              one life of the fleet, from `up` to `down`
@@ -129,6 +130,19 @@ class FleetPaths:
     @property
     def lock(self) -> Path:
         return self.root / "controller.lock"
+
+    @property
+    def controller_job(self) -> Path:
+        return self.root / "controller-job.json"
+
+    @property
+    def controller_job_lock(self) -> Path:
+        return self.root / "controller-job.lock"
+
+    @property
+    def heir(self) -> Path:
+        """Which job of the controller waits for the wheel."""
+        return self.root / "controller-heir.json"
 
     @property
     def secrets(self) -> Path:

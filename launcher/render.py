@@ -6,14 +6,16 @@ script serves all nodes of a replica and `launcher render` can print it before a
 """
 
 from importlib import resources
+from pathlib import PurePath
 
 from health.engine import PROBE
 from launcher import __version__, quoting
 from launcher.documents import Command
 from launcher.layout import Layout
-from launcher.spec import FleetSpec, SlurmBackend
+from launcher.spec import ControllerJob, FleetSpec, SlurmBackend
 
 SIGNAL_LEAD_S = 120
+CONTROLLER_SIGNAL_LEAD_S = 300
 # Programs of ours that need the engine's torch: they travel inside their script.
 _TORCH_PROGRAMS = {"collective": "worker.py", "burn": "burn.py"}
 
@@ -179,14 +181,56 @@ def sbatch_script(
     if slurm.exclusive:
         options.append("--exclusive")
     options += slurm.directives
+    exports = {"LAUNCHER_PYTHON": python, "LAUNCHER_BASE": base}
+    return _batch_script(f"allocation {name}", options, exports, "replica.sbatch")
+
+
+def controller_script(
+    spec: FleetSpec, job: ControllerJob, *, root: PurePath, log: PurePath, python: str, mark: str
+) -> str:
+    """The batch script of the controller's own job; root is the fleet's folder."""
+    name = controller_job_name(spec.name)
+    near = spec.backend.slurm or SlurmBackend()
+    options = [
+        f"--job-name={name}",
+        f"--comment={mark}",
+        "--nodes=1",
+        "--ntasks=1",
+        "--requeue",  # after a node failure it comes back by itself
+        "--open-mode=append",
+        f"--signal=B:USR1@{CONTROLLER_SIGNAL_LEAD_S}",
+        f"--output={_escaped_pattern(str(log))}",
+    ]
+    for key in ("partition", "account", "qos"):
+        if value := getattr(job, key) or getattr(near, key):
+            options.append(f"--{key}={value}")
+    if job.constraint:
+        options.append(f"--constraint={job.constraint}")
+    if job.walltime:
+        options.append(f"--time={_slurm_time(job.walltime)}")
+    if job.cpus_per_task:
+        options.append(f"--cpus-per-task={job.cpus_per_task}")
+    if job.mem:
+        options.append(f"--mem={job.mem}")
+    options += job.directives
+    exports = {
+        "LAUNCHER_PYTHON": python,
+        "LAUNCHER_STATE_DIR": str(root.parent),
+        "LAUNCHER_FLEET": str(root),
+    }
+    return _batch_script(f"controller of fleet {spec.name}", options, exports, "controller.sbatch")
+
+
+def controller_job_name(fleet: str) -> str:
+    return f"{fleet}.controller"
+
+
+def _batch_script(what: str, options: list[str], exports: dict[str, str], body: str) -> str:
     lines = ["#!/bin/bash"]
     lines += [f"#SBATCH {_directive(option)}" for option in options]
-    lines += [
-        f"# allocation {name}, rendered by launcher {__version__}",
-        quoting.export("LAUNCHER_PYTHON", python),
-        quoting.export("LAUNCHER_BASE", base),
-    ]
-    return "\n".join(lines) + "\n\n" + template("replica.sbatch")
+    lines += [f"# {what}, rendered by launcher {__version__}"]
+    lines += [quoting.export(name, value) for name, value in exports.items()]
+    return "\n".join(lines) + "\n\n" + template(body)
 
 
 def _directive(option: str) -> str:

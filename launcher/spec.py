@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -59,7 +60,11 @@ Duration = Annotated[int, BeforeValidator(duration_s), Field(gt=0, le=366 * 8640
 FleetName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9\-]{0,38}[a-z0-9])?$")]
 # Text that ends up in an #SBATCH line: one line, no blanks at the ends.
 Word = Annotated[str, StringConstraints(pattern=r"^[^\s'\"\\`$]+$", max_length=1024)]
+Constraint = Annotated[str, StringConstraints(pattern=r"^[^\n\r\x00]+$")]
+Directives = tuple[Annotated[str, StringConstraints(pattern=r"^--?[^\n\r\x00]+$")], ...]
 Size = Annotated[int, Field(ge=1, le=4096)]
+# Slurm warns five minutes before the end, perhaps a minute earlier; the rest is for working.
+CONTROLLER_WALLTIME_MIN_S = 600
 
 
 class Section(BaseModel):
@@ -245,6 +250,36 @@ class Notify(Section):
         return self
 
 
+class ControllerJob(Section):
+    """The Slurm job of controller and gateway. Empty: as the replicas' jobs, or the site's own."""
+
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    walltime: Duration | None = None
+    constraint: Constraint | None = None
+    cpus_per_task: Size | None = 2
+    mem: Word | None = "2G"
+    directives: Directives = ()
+
+    @field_validator("walltime")
+    @classmethod
+    def _long_enough(cls, walltime: int | None) -> int | None:
+        if walltime is not None and walltime < CONTROLLER_WALLTIME_MIN_S:
+            raise ValueError("write 10m or more: its successor is asked for 5 minutes before")
+        return walltime
+
+
+def _short_controller(value: Any) -> Any:
+    return {"slurm": {}} if value in ("slurm", {"slurm": None}) else value
+
+
+class Controller(Section):
+    """Where the controller runs, and the gateway beside it: in a Slurm job of its own."""
+
+    slurm: ControllerJob
+
+
 class LocalBackend(Section):
     """This machine plays all nodes, each with a loopback address of its own."""
 
@@ -262,14 +297,14 @@ class SlurmBackend(Section):
     walltime: Duration | None = None
     gres: Word | None = None
     gpu_option: Literal["gres", "gpus-per-node", "none"] = "gres"
-    constraint: Annotated[str, StringConstraints(pattern=r"^[^\n\r\x00]+$")] | None = None
+    constraint: Constraint | None = None
     exclude: Word | None = None
     nodelist: Word | None = None
     reservation: Word | None = None
     cpus_per_task: Size | None = None
     mem: Word | None = None
     exclusive: bool = False
-    directives: tuple[Annotated[str, StringConstraints(pattern=r"^--?[^\n\r\x00]+$")], ...] = ()
+    directives: Directives = ()
 
 
 class Backend(Section):
@@ -324,6 +359,25 @@ class FleetSpec(Section):
     limits: Limits = Limits()
     notify: Notify | None = None
     backend: Annotated[Backend, BeforeValidator(_short_backend)] = Backend(local=LocalBackend())
+    controller: Annotated[Controller | None, BeforeValidator(_short_controller)] = None
+
+    @property
+    def controller_job(self) -> ControllerJob | None:
+        """The job that the controller runs in; None: in the background of whoever starts it."""
+        return self.controller.slurm if self.controller else None
+
+    @field_validator("controller")
+    @classmethod
+    def _nodes_elsewhere(
+        cls, controller: Controller | None, info: ValidationInfo
+    ) -> Controller | None:
+        backend = info.data.get("backend")
+        if controller is not None and backend is not None and backend.kind == "local":
+            raise ValueError(
+                "needs `backend: ssh` or `slurm`; with local the nodes would be on the machine "
+                "where Slurm puts the controller"
+            )
+        return controller
 
     @field_validator("model")
     @classmethod
@@ -369,7 +423,7 @@ def _check_environment_name(name: str) -> None:
 
 
 # Keys that may change while the fleet runs; every other difference needs new engines.
-CHANGES_IN_PLACE = frozenset({"limits", "preflight", "gateway", "notify"})
+CHANGES_IN_PLACE = frozenset({"limits", "preflight", "gateway", "notify", "controller"})
 
 
 def differences(old: FleetSpec, new: FleetSpec) -> list[str]:

@@ -5,9 +5,11 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from launcher.documents import Document
+from launcher.errors import FleetError
 from launcher.fitness import doubts
 from launcher.record import AllocationRecord, Failure, ReplicaRecord, RunRecord, Seat
 from launcher.snapshot import NOTHING, NodeView, Snapshot
+from launcher.spec import FleetSpec
 from launcher.verdicts import endpoint_of, is_lost, node_phase, replica_phase
 
 
@@ -99,6 +101,44 @@ class Status(Document):
         if self.desired == "down":
             return 0
         return 0 if self.phase == "serving" else 1
+
+
+def bare_status(
+    *,
+    fleet: str,
+    run: int,
+    desired: Literal["up", "down"],
+    spec: FleetSpec | None,
+    api_key_file: str,
+    now: float,
+    waiting_for: tuple[str, ...] = (),
+    error: FleetError | None = None,
+) -> Status:
+    """Of a run without a controller that could say more: not yet, or (error) never."""
+    ended: Literal["failed", "stopped"] = "stopped" if desired == "down" else "failed"
+    return Status(
+        fleet=fleet,
+        run=run,
+        desired=desired,
+        phase=ended if error else "stopping" if desired == "down" else "starting",
+        endpoint=None,
+        api_key_file=api_key_file,
+        model=spec.model if spec else "",
+        backend=spec.backend.kind if spec else "",
+        replicas=[],
+        waiting_for=list(waiting_for),
+        error=StatusError(
+            code=error.code,
+            message=error.message,
+            where=error.where,
+            hint=error.hint,
+            exit_code=error.exit_code,
+        )
+        if error
+        else None,
+        updated_at=now,
+        finished=error is not None,
+    )
 
 
 def make_status(

@@ -13,6 +13,7 @@ from launcher.gateway.owner import free_port
 from launcher.journal import Journal
 from launcher.paths import FleetPaths
 from launcher.record import RunRecord
+from launcher.slurm_tools import jobs
 from launcher.snapshot import GatewayView, Snapshot
 from launcher.spec import FleetSpec
 
@@ -31,7 +32,7 @@ class Traffic:
         self._spec = spec
         self._spec_file = spec_file
         self._journal = journal
-        self._gateway = Gateway(paths.gateway)
+        self._gateway = Gateway(paths.gateway, jobs.has_left)
         self._trouble = ""
         self._failures = 0
         self._try_at = 0.0

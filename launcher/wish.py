@@ -4,8 +4,6 @@ import contextlib
 import fcntl
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Literal
@@ -36,13 +34,18 @@ class Wish(Document):
 
 
 class Driver(Document):
-    """controller.json: which process drives the fleet. `beat` grows while it lives."""
+    """controller.json: which process drives the fleet. `beat` grows while it lives.
+
+    job: the Slurm job that it runs in. ended: it left in order, so nobody need watch its beat.
+    """
 
     host: str
     pid: int
     run: int
     beat: int
     started_at: float
+    job: str = ""
+    ended: bool = False
 
 
 def read_wish(paths: FleetPaths) -> Wish | None:
@@ -130,24 +133,6 @@ def is_driven(paths: FleetPaths) -> bool:
     return _is_locked(paths) or _beats(paths, driver)
 
 
-def start_controller(paths: FleetPaths, run: int) -> None:
-    """Start the controller in the background; it outlives this process."""
-    log = os.open(
-        paths.run(run).controller_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-    )
-    try:
-        subprocess.Popen(
-            [sys.executable, "-m", "launcher.controller", str(paths.root)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            cwd="/",
-        )
-    finally:
-        os.close(log)
-
-
 def next_run(paths: FleetPaths) -> int:
     """The number of a new run: one more than any that has left a trace."""
     numbers = [0]
@@ -187,7 +172,9 @@ def _beats(paths: FleetPaths, seen: Driver) -> bool:
     deadline = time.monotonic() + DRIVER_STALE_S
     while time.monotonic() < deadline:
         now = _read_driver(paths)
-        if now is None or now.beat != seen.beat:
-            return now is not None
+        if now is None or now.ended:
+            return False
+        if now.beat != seen.beat:
+            return True
         time.sleep(0.5)
     return False

@@ -171,7 +171,8 @@ class Slurm(SharedFiles):
     def _job(self, allocation: Allocation, find: Callable[[str], list[Job]]) -> Job | None:
         """Our job of this name: the living one, else the one whose id was written down."""
         known = read_document(allocation.base.root / "job.json", SubmitRecord)
-        found = [job for job in find(allocation.name) if _is_ours(job, allocation, known)]
+        found = find(allocation.name)
+        found = jobs.ours(found, allocation.config.mark, known.job if known else "")
         living = [job for job in found if job.state != "ended"]
         if living:
             return living[-1]
@@ -204,10 +205,3 @@ def _shrink(job: Job, nodes: tuple[str, ...]) -> None:
     kept = tuple(node for node in job.nodes if node not in going)
     if kept and kept != job.nodes:
         jobs.shrink(job.identity, kept)
-
-
-def _is_ours(job: Job, allocation: Allocation, known: SubmitRecord | None) -> bool:
-    """By the id that sbatch gave us, or by our mark where its answer was lost."""
-    return (known is not None and job.identity == known.job) or (
-        job.comment == allocation.config.mark
-    )

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from inventory import nodeset
-from launcher import cordons, fleets
+from launcher import controller_job, cordons, fleets
 from launcher.apply import remember
 from launcher.cli import output, screens, top
 from launcher.context import Ground, make_ground
@@ -51,11 +51,16 @@ def plan(file: Path | None, flags: dict[str, Any], *, as_json: bool) -> int:
 def render(file: Path | None, flags: dict[str, Any], *, out: Path | None, as_json: bool) -> int:
     """The scripts of every replica's allocation: the running one's, or those that come next."""
     ground = _ground(file, flags)
+    found = _allocations(ground)
     scripts = {
         f"{held.name}/{name}": text
-        for held, run in _allocations(ground)
+        for held, run in found
         for name, text in ground.rendered(run, held).items()
     }
+    if (job := ground.spec.controller_job) is not None:
+        run = found[0][1] if found else next_run(ground.paths)
+        text = controller_job.script_of(ground.spec, job, ground.paths, run)
+        scripts[controller_job.SCRIPT] = text
     if out is not None:
         for name, text in scripts.items():
             make_private((out / name).parent)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher import fleets
+from launcher import driving, fleets
 from launcher.cli import events, output, screens
 from launcher.cli.progress import Progress
 from launcher.context import make_ground
@@ -69,9 +69,12 @@ def down(paths: FleetPaths, *, as_json: bool) -> int:
                     f"{paths.root.name} is not down after {DOWN_WITHIN_S:.0f} s",
                     hint="`launcher status` says what it waits for; `launcher down` goes on.",
                 )
+    left = driving.end(paths)
     if as_json and status is not None:
         output.document(status.model_dump(mode="json"))
     output.say(f"{paths.root.name} is down")
+    if left:
+        output.say(f"  {left}")
     if status and status.leftover:
         output.say(f"  not ended: {status.leftover}")
     for replica in status.replicas if status else []:

@@ -105,7 +105,10 @@ class TierProcess(Process):
 
 
 class Owner(Document):
-    """Who holds the port, and with which processes."""
+    """Who holds the port, and with which processes.
+
+    job, node: the Slurm job that it runs in, and its node there; both empty outside of Slurm.
+    """
 
     fleet: str
     folder: str
@@ -117,6 +120,8 @@ class Owner(Document):
     front: Process | None = None
     tier: tuple[TierProcess, ...] = ()
     metrics_port: int | None = None
+    job: str = ""
+    node: str = ""
 
 
 BUCKETS_S = (

@@ -36,10 +36,17 @@ DIES_WITHIN_S = 3.0
 
 
 class Gateway:
-    """The gateway of one fleet, whichever process looks after it."""
+    """The gateway of one fleet, whichever process looks after it.
 
-    def __init__(self, paths: GatewayPaths) -> None:
+    has_left: asks Slurm whether a job has certainly nothing on a node any more. Only who starts or
+    ends gateways needs to know; for others a silent one on another host stays where it is.
+    """
+
+    def __init__(
+        self, paths: GatewayPaths, has_left: Callable[[str, str], bool] | None = None
+    ) -> None:
         self._paths = paths
+        self._has_left = has_left
         self._child: subprocess.Popen[bytes] | None = None
         self._heard = (0.0, time.monotonic())  # what a far gateway's state said, and when it did
 
@@ -65,6 +72,13 @@ class Gateway:
         """Whether a supervisor that we started lives, though it may not have said so yet."""
         return self._child is not None and self._child.poll() is None
 
+    def _is_gone(self, owner: Owner) -> bool:
+        """Whether its processes ended with the Slurm job that they ran in. A host that is silent
+        proves nothing; that its job is over, or elsewhere, does. Raises SlurmError."""
+        if not owner.job or self._has_left is None:
+            return False
+        return self._has_left(owner.job, owner.node)
+
     def _speaks(self) -> bool:
         """Whether the state of a gateway on another host changes, watched on our own clock."""
         state = self.state()
@@ -86,11 +100,14 @@ class Gateway:
             return
         owner = self.owner()
         if owner is not None and owner.host != socket.gethostname():
-            raise BackendError(
-                f"the gateway runs on {owner.host}, and its supervisor there says nothing",
-                where="gateway",
-                hint=f"`launcher gateway restart` on {owner.host}.",
-            )
+            if not self._is_gone(owner):
+                there = f"{owner.host} (Slurm job {owner.job})" if owner.job else owner.host
+                raise BackendError(
+                    f"the gateway runs on {there}, and its supervisor there says nothing",
+                    where="gateway",
+                    hint=f"`launcher gateway restart` on {owner.host}.",
+                )
+            self._paths.owner.unlink(missing_ok=True)
         try:
             self._paths.state.unlink(missing_ok=True)
             with open_log(self._paths.log) as handle:
@@ -132,6 +149,8 @@ class Gateway:
         if settings is None:
             return ""
         self.configure(settings.model_copy(update={"goal": "stopped"}))
+        if self._forget_gone():
+            return ""
         if self.is_running() and not self.is_supervised():
             self.start()  # another one ends what the last one left
         limit = time.monotonic() + within_s
@@ -143,9 +162,20 @@ class Gateway:
             time.sleep(0.1)
         return self._kill()
 
+    def _forget_gone(self) -> bool:
+        """Whether it went with its Slurm job, so that there is nobody who could end it."""
+        owner = self.owner()
+        if owner is None or owner.host == socket.gethostname():
+            return False
+        with contextlib.suppress(BackendError):  # Slurm cannot say: it is waited for
+            if self._is_gone(owner):
+                self._paths.owner.unlink(missing_ok=True)
+                return True
+        return False
+
     def _kill(self) -> str:
         owner = self.owner()
-        if owner is None:
+        if owner is None or self._forget_gone():
             return ""
         if owner.host != socket.gethostname():
             return f"the gateway on {owner.host}, port {owner.port}, did not answer"

@@ -8,11 +8,12 @@ is over needs neither.
 import logging
 import time
 
+from launcher import driving
 from launcher.errors import FleetError
 from launcher.files import read_document
 from launcher.paths import FleetPaths
 from launcher.status import Status
-from launcher.wish import is_driven, read_wish, start_controller
+from launcher.wish import is_driven, read_wish
 
 LOOK_EVERY_S = 2.0
 MISSING_FOR_S = 3.0  # one that has just been killed on purpose may have its successor already
@@ -43,17 +44,21 @@ class Keeper:
             if wish is not None:
                 self._starts.append(now)
                 log.warning("no controller drives the fleet; starting one")
-                start_controller(self._paths, wish.run)
+                driving.start(self._paths, wish)
         except (FleetError, OSError) as error:
             log.error("the controller could not be looked after: %s", error)
 
     def is_wanted(self) -> bool:
-        """Whether there is a run that is not over."""
-        wish = read_wish(self._paths)
-        if wish is None:
-            return False
-        status = read_document(self._paths.status, Status)
-        return status is None or status.run != wish.run or not status.finished
+        return is_wanted(self._paths)
+
+
+def is_wanted(paths: FleetPaths) -> bool:
+    """Whether there is a run that is not over. Raises StateError."""
+    wish = read_wish(paths)
+    if wish is None:
+        return False
+    status = read_document(paths.status, Status)
+    return status is None or status.run != wish.run or not status.finished
 
 
 def is_due(starts: list[float], now: float) -> bool:

@@ -30,6 +30,7 @@ from launcher.gateway.places import LOG_MAX_BYTES, GatewayPaths, RunFolder
 from launcher.gateway.processes import identity, is_alive, raise_descriptor_limit, tell
 from launcher.gateway.tier_keeper import TierKeeper
 from launcher.paths import FleetPaths
+from launcher.slurm_tools.jobs import own_place
 
 CALM_TURN_S = 1.0
 BUSY_TURN_S = 0.15
@@ -55,6 +56,8 @@ class Supervisor:
         self._problem = ""
         self._metrics_port: int | None = None
         self._owner: Owner | None = None
+        self._place = own_place()
+        self._replaced = False
         self._orders = Orders()
         self._death_watches: dict[int, int] = {}
         self._woken = asyncio.Event()
@@ -137,6 +140,8 @@ class Supervisor:
         problem = ""
         try:
             self._read_settings()
+            if self._is_replaced():
+                self._order_the_end()
             if self._is_ending:
                 return
             await self._tend_tier()
@@ -157,6 +162,18 @@ class Supervisor:
         except StateError:
             return None
         return owner if owner and owner.host == socket.gethostname() else None
+
+    def _is_replaced(self) -> bool:
+        """Whether a gateway of this fleet has begun on another host: Slurm held our job for gone.
+        One of us has to end, and clients are told the address of the other one."""
+        if self._owner is None or self._replaced:
+            return self._replaced
+        with contextlib.suppress(StateError):
+            owner = read_document(self._paths.owner, Owner)
+            self._replaced = owner is not None and owner.host != self._owner.host
+        if self._replaced:
+            log.error("this gateway runs on another host now; here it ends")
+        return self._replaced
 
     def _read_settings(self) -> None:
         settings = read_settings(self._paths)
@@ -248,6 +265,8 @@ class Supervisor:
         )
 
     def _tell(self) -> None:
+        if self._replaced:
+            return
         try:
             write_document(self._paths.state, self._state())
         except StateError as error:  # a full disk ends the telling, not the serving
@@ -265,8 +284,10 @@ class Supervisor:
             front=self._front.process,
             tier=tuple(self._tier.everyone),
             metrics_port=self._metrics_port,
+            job=self._place.job if self._place else "",
+            node=self._place.node if self._place else "",
         )
-        if owner == self._owner:
+        if owner == self._owner or self._is_replaced():
             return
         self._lock.write(owner)
         with contextlib.suppress(StateError):
@@ -329,8 +350,9 @@ class Supervisor:
             leftover.unlink(missing_ok=True)
         self._run.root.rmdir()
         self._tier.tend(0)
-        self._tell()
-        self._paths.owner.unlink(missing_ok=True)
+        if not self._is_replaced():
+            self._tell()
+            self._paths.owner.unlink(missing_ok=True)
         self._lock.release()
 
 

@@ -1,8 +1,9 @@
 """Jobs: submit, look up by name, cancel. The parsers are pure and tested on recorded outputs."""
 
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ SQUEUE_FORMAT = "%i|%T|%N|%e|%S|%B|%j|%r|%k"
 _PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 _RUNNING = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT"}
 _ENDING = {"COMPLETING"}
+
+FORGOTTEN = "Invalid job id"
 
 REASONS = {
     "Resources": "free nodes (next in line)",
@@ -36,6 +39,14 @@ REASONS = {
 
 
 @dataclass(frozen=True)
+class Place:
+    """A job, and the node of it that a process runs on, as Slurm calls both."""
+
+    job: str
+    node: str
+
+
+@dataclass(frozen=True)
 class Job:
     """One job as squeue sees it. `state` is ours: pending, running, ending or ended."""
 
@@ -49,6 +60,13 @@ class Job:
     name: str
     reason: str
     comment: str
+
+
+def own_place() -> Place | None:
+    """Where in Slurm this process runs; None outside. A shell of salloc is on a login node and
+    outlives its job: only slurmd, on the node, sets the second variable."""
+    job, node = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURMD_NODENAME", "")
+    return Place(job, node) if job and node else None
 
 
 def submit(script: Path) -> str:
@@ -68,6 +86,36 @@ def find_all(names: Sequence[str]) -> list[Job]:
     """The same for several names, by one question."""
     command = ["squeue", "--me", "-h", "-t", "all", "-n", ",".join(names), "-o", SQUEUE_FORMAT]
     return [job for job in parse_squeue(runner.run(command)) if job.name in names]
+
+
+def find_ours(name: str, mark: str, known: str = "") -> list[Job]:
+    """Those of this name that are ours: by the id that sbatch gave us (known), or by our mark in
+    the comment where its answer was lost."""
+    return ours(find(name), mark, known)
+
+
+def ours(found: Iterable[Job], mark: str, known: str = "") -> list[Job]:
+    """The same of jobs that were looked up already. Pure."""
+    return [job for job in found if (known and job.identity == known) or job.comment == mark]
+
+
+def has_left(identity: str, node: str) -> bool:
+    """Whether Slurm is certain that this job has nothing on this node any more: it is over, or it
+    was requeued and is elsewhere. Raises SlurmError where Slurm cannot say."""
+    try:
+        output = runner.run(["squeue", "-h", "-t", "all", "-j", identity, "-o", SQUEUE_FORMAT])
+    except SlurmError as error:
+        if not error.unreachable and FORGOTTEN in error.message:
+            return True  # it ended long ago
+        raise
+    return not any(may_be_on(job, node) for job in parse_squeue(output))
+
+
+def may_be_on(job: Job, node: str) -> bool:
+    """Whether the batch script of this job may still have processes on this node. Pure."""
+    if job.state == "running":
+        return job.batch_host == node or not job.nodes
+    return job.state == "ending"  # its processes end now, perhaps
 
 
 def cancel(identity: str) -> None:

@@ -77,7 +77,7 @@ def test_a_fleet_that_nobody_asks_ends_itself_and_requests_keep_it(fleet):
             time.sleep(0.5)
     assert fleet.status()["phase"] == "serving"
     assert eventually(lambda: fleet.status()["phase"] == "stopped", 30.0)
-    found = fleet.status("serving")
+    found = fleet.status()
     assert (found["finished"], found["error"]) == (True, None)
     assert "limits.idle" in found["closed"]
     assert not fleet.engines()
@@ -105,7 +105,7 @@ def in_front(fleet):
     command = fleet.cli.start("up", "-f", str(path), "--foreground")
     serves = lambda: fleet.paths.status.exists() and fleet.status()["phase"] == "serving"  # noqa: E731
     assert eventually(serves, 60.0)
-    fleet.document = fleet.status("serving")
+    fleet.document = fleet.status()
     return command
 
 

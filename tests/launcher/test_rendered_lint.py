@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
 from launcher import render
 from launcher.layout import ModelFacts, choose_layout
-from launcher.spec import FleetSpec
+from launcher.spec import ControllerJob, FleetSpec
 
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -50,7 +50,20 @@ def scripts_of(spec: FleetSpec) -> dict[str, str]:
         gpus_per_node=8,
         mark="0123456789abcdef",
     )
-    return {**render.engine_scripts(spec, layout), "replica.sbatch": batch}
+    scripts = {**render.engine_scripts(spec, layout), "replica.sbatch": batch}
+    return {**scripts, "controller.sbatch": controller_script(spec, {"walltime": "7d"})}
+
+
+def controller_script(spec: FleetSpec, job: dict) -> str:
+    fleet = PurePath("/home/ml/.local/state/launcher") / spec.name
+    return render.controller_script(
+        spec,
+        ControllerJob.model_validate(job),
+        root=fleet,
+        log=fleet / "runs/1/controller.log",
+        python="/opt/launcher/bin/python",
+        mark="0123456789abcdef",
+    )
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -68,7 +81,7 @@ def test_every_rendered_script_passes_shellcheck(tmp_path, runtime, executor):
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("name", ["replica.sbatch", "serve-ray.sh"])
+@pytest.mark.parametrize("name", ["replica.sbatch", "controller.sbatch", "serve-ray.sh"])
 def test_a_rendered_script_is_what_it_was(name):
     """The golden files change only on purpose: `GOLDEN=1 pytest` is not offered, edit them."""
     text = scripts_of(spec_of("venv", "ray"))[name]
@@ -122,3 +135,14 @@ def test_directives_keep_blanks_and_percent_signs():
     assert "#SBATCH '--output=/a b/100%%/supervisor.log'" in text
     assert "#SBATCH --gres=gpu:4" in text
     assert "#SBATCH --time=0-12:00:00" in text
+
+
+def test_the_controllers_job_takes_from_the_replicas_what_is_the_sites_and_no_more():
+    backend = {"partition": "gpu", "account": "nlp", "qos": "long", "walltime": "1h", "mem": "1T"}
+    spec = spec_of("plain", "mp", backend={"slurm": {**backend, "constraint": "h100"}})
+    text = controller_script(spec, {"partition": "cpu", "mem": None, "directives": ["--nice=5"]})
+    rows = [row.removeprefix("#SBATCH ") for row in text.splitlines() if row.startswith("#S")]
+    assert {"--partition=cpu", "--account=nlp", "--qos=long", "--nice=5"} <= set(rows)
+    assert not [row for row in rows if row.startswith(("--time", "--mem", "--constr", "--gres"))]
+    ssh = spec_of("plain", "mp", backend={"ssh": {"inventory": "/i.yaml"}})
+    assert "--partition" not in controller_script(ssh, {})

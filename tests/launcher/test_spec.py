@@ -72,6 +72,11 @@ def test_a_name_is_made_from_the_model_when_there_is_no_file(tmp_path, monkeypat
         (BASE + "runtime: {venv: /v, apptainer: {image: i}}\n", 3, "not both"),
         (BASE + "limits: {queue: soon}\n", 3, "not a duration"),
         (BASE + 'backend: {slurm: {partition: "gpu; rm -rf /"}}\n', 3, "partition"),
+        (BASE + "controller: {slurm: {}}\n", 3, "needs `backend: ssh` or `slurm`"),
+        (BASE + "controller: {slurm: {partitoin: cpu}}\n", 3, "Did you mean partition?"),
+        (BASE + "controller: {slurm: {gres: x}}\n", 3, "unknown key controller.slurm.gres"),
+        (BASE + "controller: {slurm: {walltime: 5m}}\n", 3, "write 10m or more"),
+        (BASE + "controller: {slrm: {}}\n", 3, "Did you mean slurm?"),
         ("name: Chat\nmodel: m\n", 1, "lower-case"),
         ("name: 'a\\nb'\nmodel: m\n", 1, "name"),
         ("model: x\nname: [\n", 3, "not YAML"),
@@ -119,6 +124,15 @@ def test_a_model_folder_without_config_is_refused(tmp_path):
 )
 def test_durations_are_written_as_people_write_them(text, seconds):
     assert duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("written", ["controller: slurm", "controller: {slurm: }"])
+def test_a_controller_in_slurm_needs_no_more_than_that_word(tmp_path, written):
+    spec = load(write(tmp_path, BASE + "backend: slurm\n" + written + "\n"), {}).spec
+    assert spec.controller_job is not None
+    assert FleetSpec.model_validate_json(spec.model_dump_json()) == spec
+    plain = load(write(tmp_path, BASE + "backend: slurm\n"), {}).spec
+    assert FleetSpec.model_validate_json(plain.model_dump_json()).controller_job is None
 
 
 @pytest.mark.parametrize("value", HOSTILE)
