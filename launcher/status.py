@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from launcher.documents import Document
+from launcher.documents import Document, Parked
 from launcher.fitness import doubts
 from launcher.record import AllocationRecord, Failure, ReplicaRecord, RunRecord, Seat
 from launcher.snapshot import NOTHING, NodeView, Snapshot
@@ -18,6 +18,8 @@ class NodeStatus(BaseModel):
     since: float | None = None
     waiting_for: str = ""
     lost_since: float | None = None
+    parked: Parked | None = None  # the engine process that is ready for the next start
+    started: str = ""  # how the engine that runs now was started
     doubts: list[str] = Field(default_factory=list)
 
 
@@ -47,6 +49,7 @@ class SpareStatus(BaseModel):
     allocation: str = ""
     allocation_ends_at: float | None = None
     since: float | None = None
+    parked: Parked | None = None
     doubts: list[str] = Field(default_factory=list)
 
 
@@ -260,6 +263,7 @@ def _spare(held: AllocationRecord, seat: Seat, snapshot: Snapshot) -> SpareStatu
         allocation=view.identity,
         allocation_ends_at=view.ends_at,
         since=report.since if report else held.running_at,
+        parked=report.parked if report else None,
         doubts=doubts(latest) if latest else [],
     )
 
@@ -278,5 +282,7 @@ def _node(record: ReplicaRecord, rank: int, node: str, view: NodeView) -> NodeSt
         phase=node_phase(view),
         since=report.since,
         waiting_for=report.member.waiting_for if report.member else "",
+        parked=report.parked,
+        started=report.member.started if report.member else "",
         doubts=doubts(latest) if (latest := report.health or report.facts) else [],
     )
