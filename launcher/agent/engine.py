@@ -72,6 +72,7 @@ class Engine:
     _suspects: Suspects = field(default_factory=Suspects)
     _told: set[str] = field(default_factory=set)
     _adopted_mark: str = ""
+    _killing: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         claimed = self.parking.claim() if self.parking else None
@@ -133,6 +134,7 @@ class Engine:
         if self._stop_at is not None or self.gone:
             return
         self._stop_at, self._stop_grace_s = time.monotonic(), grace_s
+        self._scanned_at = 0.0  # look at once at what it has mapped: soon it is killed
         self._pending = []
         if self.parking:
             self.parking.release()
@@ -347,6 +349,12 @@ class Engine:
             self._clean_up()
 
     def _kill_everything(self) -> None:
+        """Not when all is over: what runs below us then is the next generation."""
+        with self._killing:
+            if not self.gone:
+                self._kill()
+
+    def _kill(self) -> None:
         for process in list(self._processes):
             if process.child.returncode is None:
                 processes.signal_group(process.child.pid, signal.SIGKILL)
@@ -364,7 +372,8 @@ class Engine:
         shutil.rmtree(self.scratch, ignore_errors=True)
         if self._guard:
             self._guard.close()
-        self.gone = True
+        with self._killing:
+            self.gone = True
 
 
 def _listens(address: str, port: int) -> bool:
