@@ -249,11 +249,11 @@ class Parking:
     def _send(self, process: _Process, wanted: Start, now: float) -> Adopted | str | None:
         told = process.answer
         if isinstance(told, str):
-            return self._drop(told)
+            return self._refuse(told)
         assert process.told is not None
         found = handover.change(process.told.environment, told.environment)
         if why := handover.refusal(found):
-            return self._drop(why)
+            return self._refuse(why)  # the next one would know no better
         order = handover.order(told, found, str(wanted.folder), str(wanted.log))
         if len(order) > _ORDER_MAX_BYTES:
             return self._drop("its order is too long for a pipe")
@@ -292,9 +292,9 @@ class Parking:
             lines = read_tail(self.around().logs / "park.log", 2000).strip().splitlines()
             self._refuse(f"it {how}" + (f": {lines[-1][:200]}" if lines else ""))
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str) -> str:
         self._is_refused = True
-        self._drop(reason)
+        return self._drop(reason)
 
     def _drop(self, reason: str) -> str:
         """End it; its folder goes, too, unless an engine works in there."""
