@@ -20,12 +20,13 @@ from health.report import NodeFacts
 from launcher.agent import bundle, lastwords, processes
 from launcher.agent.bundle import Bundle
 from launcher.agent.canary import StallWatch
-from launcher.agent.parking import Adopted, Parking, Start
+from launcher.agent.parking import Adopted, Parking
 from launcher.agent.probe import Api, TokenProbe
 from launcher.agent.processes import SCRATCH_MARK, Reaper
 from launcher.agent.rehearsing import Rehearsing
 from launcher.agent.surroundings import Surroundings, own_ports, scratch_folder
 from launcher.agent.suspects import Suspects
+from launcher.agent.waiting import Start
 from launcher.documents import Command, Evidence, Member
 from launcher.files import make_private, read_tail, write_text
 from launcher.ports import to_check
@@ -223,7 +224,7 @@ class Engine:
     def _launch(self, command: Command, script: Path, log: Path) -> subprocess.Popen[bytes] | None:
         """The command's process: the parked one, or a new one; None while that is not known."""
         environment = self._environment(command.name)
-        self.started = "plain"
+        why = ""
         if command.parkable and self.parking:
             limit = self.member.start_timeout_s / 4  # the rest is for a plain start
             wanted = Start(script, environment, log, self.scratch, limit)
@@ -233,7 +234,8 @@ class Engine:
             if isinstance(found, Adopted):
                 self.started, self._adopted_mark = "parked", found.mark
                 return found.child
-            self.started = f"plain: {found}"
+            why = f": {found}"
+        self.started = f"plain{why}"
         return self.reaper.start(["/bin/bash", str(script)], environment, log, self.scratch)
 
     def _api(self) -> Api:

@@ -12,9 +12,10 @@ import pytest
 
 from launcher import render
 from launcher.agent import handover, memory, parking, processes
-from launcher.agent.parking import Adopted, Parking, Start
+from launcher.agent.parking import Adopted, Parking
 from launcher.agent.processes import Reaper
 from launcher.agent.surroundings import Surroundings
+from launcher.agent.waiting import Start
 from launcher.cli.screens import fleet_screen
 from launcher.documents import Park, Parked
 from launcher.layout import ModelFacts, choose_layout
@@ -335,6 +336,7 @@ def test_a_fleet_starts_from_parked_processes_and_comes_again_from_the_next(
     spec["env"] = {"PYTHONPATH": str(python_engine / "lib")}
     spec["limits"] = {"drain": "5s", "start": "60s"}
     spec["preflight"] = "passive"
+    spec["spares"] = 1
     fleet = FleetUnderTest(tmp_path, cli, fleet_name, spec)
 
     def waiting() -> list[psutil.Process]:
@@ -344,7 +346,8 @@ def test_a_fleet_starts_from_parked_processes_and_comes_again_from_the_next(
         return fleet.status()[1]["replicas"][0]["nodes"]
 
     def is_ready() -> bool:
-        return all((n["parked"] or {}).get("state") == "ready" for n in nodes())
+        both = [*nodes(), *fleet.status()[1]["spares"]]
+        return len(both) == 3 and all((n["parked"] or {}).get("state") == "ready" for n in both)
 
     try:
         code, document = fleet.up()
@@ -352,8 +355,8 @@ def test_a_fleet_starts_from_parked_processes_and_comes_again_from_the_next(
         assert [n["started"] for n in document["replicas"][0]["nodes"]] == ["parked"] * 2
         assert eventually(is_ready), nodes()
         text = fleet.cli("status", "--fleet", fleet_name).stdout
-        assert "parked on n[1-2]" in text
-        assert len(waiting()) == 2
+        assert "parked on n[1-3]" in text
+        assert len(waiting()) == 3
         engines = engine_processes(fleet_name)
         assert not {one.pid for one in waiting()} & set(engines), "not counted as engines"
         os.kill(next(pid for pid, node in engines.items() if node == "n2"), signal.SIGKILL)
