@@ -54,15 +54,14 @@ def main() -> None:
     try:
         script = _script()
         os.dup2(2, 1)  # what an import prints goes to the log
+        steps_back = _step_back() if "LAUNCHER_PARK_QUIETLY" in os.environ else ""
         for name in [name for name in os.environ if name.startswith("LAUNCHER_PARK")]:
-            if name != "LAUNCHER_PARK_QUIETLY":
-                del os.environ[name]
-        steps_back = os.environ.pop("LAUNCHER_PARK_QUIETLY", "") and _step_back()
+            del os.environ[name]
         _tell(channel, state="importing")
         # For a script this is its folder; for -c it would be wherever we are.
         sys.path[0] = str(Path(script).parent)
         missing = _import_all(script)
-        _check_files(given)
+        _check(given)
     except UnfitError as error:
         _tell(channel, state="unfit", reason=str(error))
         return
@@ -208,8 +207,12 @@ def _inspect(registry: Any, model: Any) -> None:
         registry._run_in_subprocess = usual
 
 
-def _check_files(given: set[str]) -> None:
-    """Raise UnfitError where an import opened a device, a socket or a pipe, and left it open."""
+def _check(given: set[str]) -> None:
+    """Raise UnfitError where an import left a process, an open device, a socket or a pipe."""
+    with contextlib.suppress(ChildProcessError):  # there is none, or none any more
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+        raise UnfitError("an import left a process behind")
     for file in _open_files():
         if file not in given and not _HARMLESS.match(file):
             raise UnfitError(f"an import opened {file}")
@@ -246,14 +249,12 @@ def _take_over(order: dict[str, Any]) -> None:
     sys.path[1:1] = [folder for folder in after.split(os.pathsep) if folder]
     tempfile.tempdir = None
     os.chdir(order["folder"])
-    for path, flags, numbers in (
-        (os.devnull, os.O_RDONLY, (0,)),
-        (order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, (1, 2)),
-    ):
-        handle = os.open(path, flags, 0o600)
-        for number in numbers:
-            os.dup2(handle, number)
-        os.close(handle)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for number, handle in enumerate((nothing, log, log)):
+        os.dup2(handle, number)
+    os.close(nothing)
+    os.close(log)
 
 
 def _step_back() -> str:

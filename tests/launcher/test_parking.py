@@ -226,6 +226,7 @@ def test_an_import_that_hangs_is_ended_at_its_deadline(ground, monkeypatch):
     [
         ("import os; kept = os.open('/dev/fuse', os.O_RDONLY)", "an import opened /dev/fuse"),
         ("import socket; kept = socket.socket()", "an import opened socket:"),
+        ("import subprocess; subprocess.Popen(['sleep', '60'])", "an import left a process"),
     ],
 )
 def test_an_import_that_opens_something_makes_it_unfit(ground, code, reason):
