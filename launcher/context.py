@@ -9,7 +9,7 @@ from inventory import nodeset
 from launcher import __version__, cordons, render
 from launcher.backends import make_backend
 from launcher.backends.base import Allocation, Backend
-from launcher.documents import AgentConfig
+from launcher.documents import AgentConfig, Park
 from launcher.errors import CapacityError, StateError
 from launcher.layout import choose_layout
 from launcher.model_folder import read_model_facts
@@ -98,10 +98,11 @@ def make_ground(spec: FleetSpec, paths: FleetPaths, *, check: bool) -> Ground:
             hint="Ask for fewer nodes or replicas, name another pool, or `launcher uncordon`.",
         )
     secret_names = {"VLLM_API_KEY": "engine_key", **{name: name for name in spec.secrets}}
+    scripts = render.engine_scripts(spec, layout)
     context = Context(
         spec=spec,
         layout=layout,
-        scripts=render.engine_scripts(spec, layout),
+        scripts=scripts,
         user_id=os.getuid(),
         pool=() if backend.chooses_nodes else tuple(node.name for node in pool.nodes),
         known=tuple(node.name for node in pool.nodes),
@@ -115,8 +116,18 @@ def make_ground(spec: FleetSpec, paths: FleetPaths, *, check: bool) -> Ground:
         secret_names=secret_names,
         weights_folders={node.name: node.nvme for node in pool.nodes},
         weights_bytes=facts.weights_bytes,
+        park=_park(scripts, secret_names),
     )
     return Ground(spec, backend, context, paths)
+
+
+def _park(scripts: dict[str, str], secret_names: dict[str, str]) -> Park | None:
+    """The order for a parked engine process: with every secret but the API server's key, which
+    only the leader has."""
+    if "park.sh" not in scripts:
+        return None
+    known = {name: file for name, file in secret_names.items() if name != "VLLM_API_KEY"}
+    return Park(script=scripts["park.sh"], secret_environment=known)
 
 
 def _and_spares(spec: FleetSpec) -> str:

@@ -82,6 +82,15 @@ class Command(BaseModel):
     name: str
     script: str
     after_port: int | None = None
+    parkable: bool = False  # a parked engine process may become it
+
+
+class Park(BaseModel):
+    """An engine process to be kept ready: everything imported, nothing opened."""
+
+    model_config = ConfigDict(frozen=True)
+    script: str
+    secret_environment: dict[str, str] = Field(default_factory=dict)
 
 
 class Rehearsal(BaseModel):
@@ -129,6 +138,7 @@ class Assignment(Document):
     checks: Checks | None = None
     peers: tuple[Peer, ...] = ()
     member: Member | None = None
+    park: Park | None = None
     stop_grace_s: int = 10
     after_failure: bool = False  # look at the engine's processes before they are ended
     drill: str = ""  # a fault that whoever is this member already inflicts on itself, once
@@ -159,6 +169,16 @@ class Evidence(BaseModel):
     hint: str = ""
 
 
+class Parked(BaseModel):
+    """The parked engine process of a node, or why there is none."""
+
+    model_config = ConfigDict(frozen=True)
+    state: Literal["importing", "ready", "none"]
+    since: float
+    took_s: float | None = None  # from its start until it was ready
+    reason: str = ""
+
+
 class MemberReport(BaseModel):
     """What became of the member that was assigned."""
 
@@ -170,6 +190,8 @@ class MemberReport(BaseModel):
     processes: dict[str, int] = Field(default_factory=dict)
     first_token_at: float | None = None
     waiting_for: str = ""
+    started: str = ""  # "parked", "plain", or "plain: " and why it was not the parked process
+    started_at: float | None = None
     rehearsed: str | None = None  # what the collective check printed, once it has ended
     suspects: tuple[str, ...] = ()  # processes of the engine that stand still, in words
 
@@ -194,4 +216,5 @@ class Report(Document):
     health: NodeFacts | None = None
     reach: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     member: MemberReport | None = None
+    parked: Parked | None = None
     evidence: Evidence | None = None

@@ -29,6 +29,8 @@ def engine_scripts(spec: FleetSpec, layout: Layout) -> dict[str, str]:
     """All scripts that agents run, by file name."""
     bodies = ("ray-head", "ray-worker", "serve-ray") if layout.executor == "ray" else ("serve-mp",)
     scripts = {f"{name}.sh": _engine_script(name, spec, layout) for name in bodies}
+    if layout.executor == "mp" and spec.warm == "auto":
+        scripts["park.sh"] = _engine_script("park", spec, layout)
     for name in ("engine-probe", *_TORCH_PROGRAMS):
         scripts[f"{name}.sh"] = _engine_script(name, spec, layout)
     return scripts
@@ -40,7 +42,7 @@ def commands_of(
     """The processes of one rank, in the order in which they start."""
     if layout.executor == "mp":
         name = "serve" if rank == 0 else "headless"
-        return (Command(name=name, script=scripts["serve-mp.sh"]),)
+        return (Command(name=name, script=scripts["serve-mp.sh"], parkable="park.sh" in scripts),)
     if rank > 0:
         return (Command(name="ray-worker", script=scripts["ray-worker.sh"]),)
     return (
@@ -69,6 +71,9 @@ def _engine_script(name: str, spec: FleetSpec, layout: Layout) -> str:
     lines += [quoting.export("LAUNCHER_DATA_PARALLEL", str(layout.data))]
     if name == "engine-probe":
         lines += [quoting.export("LAUNCHER_PROBE", PROBE)]
+    if name == "park":
+        parked = resources.files("launcher.agent").joinpath("parked.py")
+        lines += [quoting.export("LAUNCHER_PARK", parked.read_text(encoding="utf-8"))]
     if name in _TORCH_PROGRAMS:
         program = resources.files("health.collective").joinpath(_TORCH_PROGRAMS[name])
         text = program.read_text(encoding="utf-8")
@@ -85,7 +90,8 @@ def _engine_script(name: str, spec: FleetSpec, layout: Layout) -> str:
         lines += [quoting.array("LAUNCHER_ENGINE_ARGS", _engine_words(spec, layout))]
         guard = resources.files("launcher.agent").joinpath("guard.py").read_text(encoding="utf-8")
         lines += [quoting.export("LAUNCHER_GUARD", guard)]
-    body = template("preamble.sh") + "\n" + template(f"{name}.sh")
+    tells = template("tell.sh") + "\n" if name in ("park", "serve-mp") else ""
+    body = template("preamble.sh") + "\n" + tells + template(f"{name}.sh")
     return "\n".join(lines) + "\n\n" + body
 
 

@@ -334,6 +334,10 @@ def _short_backend(value: Any) -> Any:
     return value
 
 
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # what YAML makes of a bare `off`
+
+
 class FleetSpec(Section):
     """One model, served by R replicas of N nodes each, on one backend."""
 
@@ -355,6 +359,7 @@ class FleetSpec(Section):
     interface: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:\-]{1,15}$")] = "auto"
     port: Annotated[int, Field(ge=1024, le=65535)] | None = None
     preflight: Literal["passive", "quick"] = "quick"
+    warm: Annotated[Literal["auto", "off"], BeforeValidator(_off)] = "auto"
     gateway: Gateway = Gateway()
     limits: Limits = Limits()
     notify: Notify | None = None

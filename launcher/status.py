@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from launcher.documents import Document
+from launcher.documents import Document, Parked
 from launcher.errors import FleetError
 from launcher.fitness import doubts
 from launcher.record import AllocationRecord, Failure, ReplicaRecord, RunRecord, Seat
@@ -20,6 +20,8 @@ class NodeStatus(BaseModel):
     since: float | None = None
     waiting_for: str = ""
     lost_since: float | None = None
+    parked: Parked | None = None  # the engine process that is ready for the next start
+    started: str = ""  # how the engine that runs now was started
     doubts: list[str] = Field(default_factory=list)
 
 
@@ -49,6 +51,7 @@ class SpareStatus(BaseModel):
     allocation: str = ""
     allocation_ends_at: float | None = None
     since: float | None = None
+    parked: Parked | None = None
     doubts: list[str] = Field(default_factory=list)
 
 
@@ -305,6 +308,7 @@ def _spare(held: AllocationRecord, seat: Seat, snapshot: Snapshot) -> SpareStatu
         allocation=view.identity,
         allocation_ends_at=view.ends_at,
         since=report.since if report else held.running_at,
+        parked=report.parked if report else None,
         doubts=doubts(latest) if latest else [],
     )
 
@@ -323,5 +327,7 @@ def _node(record: ReplicaRecord, rank: int, node: str, view: NodeView) -> NodeSt
         phase=node_phase(view),
         since=report.since,
         waiting_for=report.member.waiting_for if report.member else "",
+        parked=report.parked,
+        started=report.member.started if report.member else "",
         doubts=doubts(latest) if (latest := report.health or report.facts) else [],
     )

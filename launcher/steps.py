@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inventory.ledger import Cordon, Passed
-from launcher.documents import Assignment
+from launcher.documents import Assignment, Park
 from launcher.layout import Layout
 from launcher.record import Failure, Incident, Seat
 from launcher.spec import FleetSpec
@@ -196,3 +196,4 @@ class Context:
     secret_names: dict[str, str] = field(default_factory=dict)
     weights_folders: dict[str, tuple[str, ...]] = field(default_factory=dict)
     weights_bytes: int | None = None
+    park: Park | None = None  # an engine process for every node to keep ready

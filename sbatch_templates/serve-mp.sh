@@ -21,6 +21,8 @@ if [ "$LAUNCHER_DATA_PARALLEL" -gt 1 ]; then
   ROLE+=(--data-parallel-rpc-port "$LAUNCHER_LEADER_PORT_DATA_PARALLEL_RPC")
 fi
 
-exec "${ENGINE[@]}" vllm serve "$LAUNCHER_MODEL" \
-  --distributed-executor-backend mp "${ROLE[@]}" \
-  "${LAUNCHER_ENGINE_ARGS[@]}"
+COMMAND=(vllm serve "$LAUNCHER_MODEL" --distributed-executor-backend mp "${ROLE[@]}"
+  "${LAUNCHER_ENGINE_ARGS[@]}")
+# A parked process that becomes this command is told what this script would start.
+if [ -n "${LAUNCHER_TELL:-}" ]; then tell "${COMMAND[@]}"; exit 0; fi
+exec "${ENGINE[@]}" "${COMMAND[@]}"

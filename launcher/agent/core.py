@@ -14,8 +14,10 @@ from health.probes.host import boot_id
 from launcher import __version__
 from launcher.agent import drills, processes
 from launcher.agent.checks import Watch
-from launcher.agent.engine import Engine, Surroundings
+from launcher.agent.engine import Engine
 from launcher.agent.heart import Heart, Loss
+from launcher.agent.parking import Parking
+from launcher.agent.surroundings import Surroundings, clean_environment
 from launcher.documents import (
     AgentConfig,
     Assignment,
@@ -36,8 +38,6 @@ ASSIGNMENT_POLL_S = 0.5
 LOCK_WITHIN_S = 2.0
 LOOK_WITHIN_S = 1.0
 ORPHAN_GRACE_S = 5
-# Variables of an enclosing job that would confuse what the engine starts.
-_NOT_INHERITED = ("SBATCH_", "LAUNCHER_", "RAY_", "VLLM_", "PYTHON", "VIRTUAL_ENV")
 
 
 class Agent:
@@ -57,6 +57,7 @@ class Agent:
         self.secrets = _read_secrets(base.secrets)
         self.mark = f"{config.mark}/{node}"
         self.reaper = processes.Reaper()
+        self.parking = Parking(self.reaper, self._surroundings)
         address = config.addresses.get(node, "0.0.0.0")
         self.heart = Heart(self.secrets["agent_token"].encode(), address, self._on_loss)
         self.addresses = _own_addresses(config.addresses.get(node))
@@ -75,11 +76,12 @@ class Agent:
 
     def run(self) -> None:
         processes.become_subreaper()
-        processes.kill_all(processes.marked(self.mark))  # what an earlier agent of this node left
+        earlier = processes.marked(self.mark, below=True)  # what an agent before us left
+        processes.kill_all(earlier)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self.heart.start()
-        environment = {**_clean_environment(), **self._node_environment()}
+        environment = {**clean_environment(), **self._node_environment()}
         self.watch = Watch(self.reaper, environment, self.node, self.mark)
         while not self._turn():
             self.heart.woken.wait(TURN_S if self.engine else WAITING_TURN_S)
@@ -95,6 +97,7 @@ class Agent:
             self._take_loss(self.engine)  # before the exits that it causes are seen
             self.engine.poll()
             self._after_poll(self.engine)
+        self._park()
         ended = self._is_over()
         self._report("stopped" if ended else self._phase())
         return ended
@@ -136,6 +139,17 @@ class Agent:
             address = self.config.addresses.get(self.node, "0.0.0.0")
             self.watch.preflight(new.revision, new.checks, address, self.paths.root)
 
+    def _park(self) -> None:
+        """Keep an engine process ready, unless this node is to end or has no time for it."""
+        order = self.assignment
+        if self._ordered_to_end or order is None or order.goal == "stopped" or self._is_over():
+            self.parking.end()
+            return
+        engine = self.engine
+        self.parking.want(order.park)
+        is_serving = engine is not None and engine.is_serving and not engine.is_stopping
+        self.parking.turn(time.monotonic(), idle=engine is None, serving=is_serving)
+
     def _drill(self, new: Assignment, before: Assignment) -> None:
         """The order is the same but for a fault. An agent that begins with it inflicts none: it
         may be what came after the fault; and what has failed already does not start again."""
@@ -167,7 +181,7 @@ class Agent:
             leader = next((p.node for p in member.peers), None) if member.rank else None
             self.heart.hold(member.scope, member.peers, leader)
             has_gpus = bool(self.watch.facts and self.watch.facts.gpus)
-            self.engine = Engine(member, self._surroundings(), self.reaper, has_gpus)
+            self.engine = Engine(member, self._surroundings(), self.reaper, has_gpus, self.parking)
             self.engine.newest_health = lambda: self.watch.health or self.watch.facts
             self.engine.start()
 
@@ -239,6 +253,7 @@ class Agent:
             health=self.watch.health,
             reach=self.heart.reach_found(),
             member=self._member_report(),
+            parked=self.parking.parked,
             evidence=self.evidence,
         )
         now = time.monotonic()
@@ -271,6 +286,8 @@ class Agent:
             processes=self.engine.pids,
             first_token_at=ready,
             waiting_for=self.engine.waiting_for,
+            started=self.engine.started,
+            started_at=self.engine.started_at,
             rehearsed=self.engine.rehearsed,
             suspects=self.engine.suspects,
         )
@@ -284,7 +301,7 @@ class Agent:
             evidence=self.paths.evidence,
             cache=Path(cache),
             mark=self.mark,
-            environment=_clean_environment(),
+            environment=clean_environment(),
             secrets=self.secrets,
         )
 
@@ -351,13 +368,6 @@ def _read_secrets(folder: Path) -> dict[str, str]:
     if "agent_token" not in secrets:
         raise StateError("holds no agent_token", where=str(folder))
     return secrets
-
-
-def _clean_environment() -> dict[str, str]:
-    """The environment of the node's user, without what belongs to another program or launcher."""
-    return {
-        name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)
-    }
 
 
 def _own_addresses(forced: str | None) -> tuple[NetAddress, ...]:

@@ -30,7 +30,7 @@ def inject(kind: str, engine: Engine, mark: str) -> None:
         case "node":
             die(mark)
         case "hang":
-            frozen = engine_processes()
+            frozen = engine_processes(engine.reaper)
             _tell(kind, f"stop {len(frozen)} processes for {HANG_S:.0f} s")
             freeze(frozen, HANG_S)
         case "disk":
@@ -51,14 +51,15 @@ def kill_rank(engine: Engine) -> str:
 
 def die(mark: str) -> None:
     """Everything of this node at once and without a word, as by loss of power."""
-    everything = [*processes.descendants(), *processes.marked(mark)]
+    everything = [*processes.descendants(), *processes.marked(mark, below=True)]
     processes.kill_all(everything)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def engine_processes() -> list[psutil.Process]:
-    """What runs below us, daemonised or not, but for our own probes (and what they started)."""
-    below = processes.descendants()
+def engine_processes(reaper: processes.Reaper) -> list[psutil.Process]:
+    """What runs below us, daemonised or not, but for our own probes (and what they started)
+    and what is parked for later."""
+    below = reaper.descendants()
     probes = {_session(one) for one in below if "health.collect" in _words(one)}
     return [one for one in below if _session(one) not in probes]
 

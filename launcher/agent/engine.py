@@ -5,8 +5,6 @@ The member is started, watched and ended as a whole: any exit that was not order
 """
 
 import contextlib
-import hashlib
-import os
 import shutil
 import signal
 import socket
@@ -22,31 +20,20 @@ from health.report import NodeFacts
 from launcher.agent import bundle, lastwords, processes
 from launcher.agent.bundle import Bundle
 from launcher.agent.canary import StallWatch
+from launcher.agent.parking import Adopted, Parking
 from launcher.agent.probe import Api, TokenProbe
-from launcher.agent.processes import SCRATCH_MARK, Reaper, scratch_root
+from launcher.agent.processes import SCRATCH_MARK, Reaper
 from launcher.agent.rehearsing import Rehearsing
+from launcher.agent.surroundings import Surroundings, own_ports, scratch_folder
 from launcher.agent.suspects import Suspects
-from launcher.documents import Evidence, Member
+from launcher.agent.waiting import Start
+from launcher.documents import Command, Evidence, Member
 from launcher.files import make_private, read_tail, write_text
 from launcher.ports import to_check
 
 FENCE_GRACE_S = 5.0
 LOG_READ_BYTES = 4 * 1024 * 1024
 SEGMENT_SCAN_S = 5.0
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What the agent knows about its node that every process of an engine is told."""
-
-    node: str
-    base: Path
-    logs: Path
-    evidence: Path
-    cache: Path
-    mark: str
-    environment: dict[str, str]
-    secrets: dict[str, str]
 
 
 @dataclass
@@ -64,6 +51,9 @@ class Engine:
     around: Surroundings
     reaper: Reaper
     has_gpus: bool = False
+    parking: Parking | None = None
+    started: str = ""  # how its last command came to be: see MemberReport
+    started_at: float | None = None
     evidence: Evidence | None = None
     gone: bool = False
     probe: TokenProbe | None = None
@@ -82,11 +72,14 @@ class Engine:
     _bundle: Bundle | None = None
     _suspects: Suspects = field(default_factory=Suspects)
     _told: set[str] = field(default_factory=set)
-    _ending: threading.Lock = field(default_factory=threading.Lock)
+    _adopted_mark: str = ""
+    _killing: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
-    def scratch(self) -> Path:
-        return scratch_folder(self.around.mark, self.member)
+    def __post_init__(self) -> None:
+        claimed = self.parking.claim() if self.parking else None
+        self.scratch = claimed or scratch_folder(
+            self.around.mark, f"{self.member.scope}/{self.member.rank}"
+        )
 
     def start(self) -> None:
         """Prove the ports free, hold the guard port, start every command that waits for none."""
@@ -118,7 +111,7 @@ class Engine:
         if now - self._scanned_at > SEGMENT_SCAN_S:
             self._scanned_at = now
             self._look_for_suspects(now)
-            below = [p for p in processes.descendants() if p.pid not in self._suspects.hanging]
+            below = [p for p in self.reaper.descendants() if p.pid not in self._suspects.hanging]
             self._segments |= processes.segments_of(below)
             self.reaper.collect_adopted()
         if self._stop_at is not None:
@@ -142,7 +135,10 @@ class Engine:
         if self._stop_at is not None or self.gone:
             return
         self._stop_at, self._stop_grace_s = time.monotonic(), grace_s
+        self._scanned_at = 0.0  # look at once at what it has mapped: soon it is killed
         self._pending = []
+        if self.parking:
+            self.parking.release()
         if self.probe:
             self.probe.stop()
         if self._watch:
@@ -153,7 +149,7 @@ class Engine:
         self._pending = []
         for process in list(self._processes):
             processes.signal_group(process.child.pid, signal.SIGTERM)
-        timer = threading.Timer(FENCE_GRACE_S, self._kill_unless_gone)
+        timer = threading.Timer(FENCE_GRACE_S, self._kill_everything)
         timer.daemon = True
         timer.start()
 
@@ -186,6 +182,8 @@ class Engine:
             return "the collective check"
         if self._pending:
             command = self.member.commands[self._pending[0]]
+            if self.parking and self.parking.waiting_for:
+                return self.parking.waiting_for
             return f"the leader's port {command.after_port}, to start {command.name}"
         return self.probe.waiting_for if self.probe else ""
 
@@ -208,20 +206,37 @@ class Engine:
                 return  # both would want the GPUs' memory; Ray starts meanwhile
             if command.after_port and not _listens(self.member.leader_address, command.after_port):
                 return
-            self._pending.pop(0)
-            folder = self.around.logs.parent / "engine"
-            make_private(folder)
-            script = folder / f"{command.name}.sh"
+            script = make_private(self.around.logs.parent / "engine") / f"{command.name}.sh"
             write_text(script, command.script, mode=0o700)
             log = self.around.logs / f"g{self.member.generation}.{command.name}.log"
             try:
-                child = self.reaper.start(
-                    ["/bin/bash", str(script)], self._environment(command.name), log, self.scratch
-                )
+                child = self._launch(command, script, log)
             except OSError as error:
+                self._pending = []
                 self._fail("error", f"cannot start: {error.strerror}", process=command.name)
                 return
+            if child is None:
+                return
+            self._pending = self._pending[1:]
+            self.started_at = time.time()
             self._processes.append(_Process(command.name, child, log))
+
+    def _launch(self, command: Command, script: Path, log: Path) -> subprocess.Popen[bytes] | None:
+        """The command's process: the parked one, or a new one; None while that is not known."""
+        environment = self._environment(command.name)
+        why = ""
+        if command.parkable and self.parking:
+            limit = self.member.start_timeout_s / 4  # the rest is for a plain start
+            wanted = Start(script, environment, log, self.scratch, limit)
+            found = self.parking.start(wanted, time.monotonic())
+            if found is None:
+                return None
+            if isinstance(found, Adopted):
+                self.started, self._adopted_mark = "parked", found.mark
+                return found.child
+            why = f": {found}"
+        self.started = f"plain{why}"
+        return self.reaper.start(["/bin/bash", str(script)], environment, log, self.scratch)
 
     def _api(self) -> Api:
         member, key = self.member, self.around.secrets.get("engine_key", "")
@@ -278,44 +293,7 @@ class Engine:
         return self._rehearsal is not None and self._rehearsal.printed is None
 
     def _environment(self, command: str) -> dict[str, str]:
-        member, around = self.member, self.around
-        scratch = str(self.scratch)
-        leader_ports = {f"LEADER_PORT_{k.upper()}": str(v) for k, v in member.ports.items()}
-        named = {
-            "NODE": around.node,
-            "NODE_RANK": str(member.rank),
-            "NODES": str(member.size),
-            "NODE_ADDRESS": member.address,
-            "LEADER_ADDRESS": member.leader_address,
-            "RANKS_PER_NODE": str(member.ranks_per_node),
-            "TMP": scratch,
-            "BASE": str(around.base),
-            "CACHE": str(around.cache),
-            "SECRETS": str(around.base / "secrets"),
-            "MARK": around.mark,
-            **leader_ports,
-            **{f"PORT_{k.upper()}": str(v) for k, v in own_ports(member).items()},
-        }
-        secret = {
-            variable: around.secrets[name]
-            for variable, name in member.secret_environment.items()
-            if name in around.secrets and (variable != "VLLM_API_KEY" or command == "serve")
-        }
-        interface = member.interface
-        return {
-            **around.environment,
-            "TMPDIR": scratch,
-            "VLLM_RPC_BASE_PATH": scratch,
-            "VLLM_CACHE_ROOT": str(around.cache / "vllm"),
-            "VLLM_CONFIG_ROOT": str(around.cache / "vllm-config"),
-            "TORCHINDUCTOR_CACHE_DIR": str(around.cache / "inductor"),
-            "TRITON_CACHE_DIR": str(around.cache / "triton"),
-            "GLOO_SOCKET_IFNAME": interface,
-            "TP_SOCKET_IFNAME": interface,
-            "NCCL_SOCKET_IFNAME": f"={interface}",
-            **{f"LAUNCHER_{name}": value for name, value in named.items()},
-            **secret,
-        }
+        return self.around.environment_of(self.member, command, self.scratch)
 
     def _fail_by_exit(self, process: _Process) -> None:
         code = process.child.returncode
@@ -369,23 +347,26 @@ class Engine:
             return
         self._kill_everything()
         left = [p for p in self._processes if p.child.poll() is None]
-        if not left and not processes.descendants():
+        if not left and not self.reaper.descendants():
             self._clean_up()
 
-    def _kill_unless_gone(self) -> None:
-        """The mark is the agent's: what carries it once we are gone is the next generation."""
-        with self._ending:
-            if not self.gone:
-                self._kill_everything()
-
     def _kill_everything(self) -> None:
+        """Not when all is over: what runs below us then is the next generation."""
+        with self._killing:
+            if not self.gone:
+                self._kill()
+
+    def _kill(self) -> None:
         for process in list(self._processes):
             if process.child.returncode is None:
                 processes.signal_group(process.child.pid, signal.SIGKILL)
-        processes.kill_all(processes.descendants())
-        processes.kill_all(processes.marked(self.around.mark))
+        processes.kill_all(self.reaper.descendants())
+        for mark in filter(None, (self.around.mark, self._adopted_mark)):
+            processes.kill_all(processes.marked(mark))
 
     def _clean_up(self) -> None:
+        if self.parking:
+            self.parking.release()
         for process in self._processes:
             self.reaper.forget(process.child.pid)
         self.reaper.collect_adopted()
@@ -393,20 +374,8 @@ class Engine:
         shutil.rmtree(self.scratch, ignore_errors=True)
         if self._guard:
             self._guard.close()
-        with self._ending:
+        with self._killing:
             self.gone = True
-
-
-def own_ports(member: Member) -> dict[str, int]:
-    """The ports of this rank: the leader's block, moved where one machine plays several nodes."""
-    offset = member.guard_port - member.ports["guard"]
-    return {name: port if name == "api" else port + offset for name, port in member.ports.items()}
-
-
-def scratch_folder(mark: str, member: Member) -> Path:
-    """A short folder of our own: a Unix socket's path has room for 107 bytes, Ray's need 60."""
-    seed = f"{mark}/{member.scope}/{member.rank}".encode()
-    return scratch_root() / f"fl-{os.getuid()}-{hashlib.sha256(seed).hexdigest()[:8]}"
 
 
 def _listens(address: str, port: int) -> bool:

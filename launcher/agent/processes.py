@@ -45,6 +45,7 @@ class Reaper:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._own: dict[int, subprocess.Popen[bytes]] = {}
+        self.reserved: set[int] = set()  # children that outlive the engine beside them
 
     def start(
         self, arguments: list[str], environment: dict[str, str], log: Path, folder: Path
@@ -76,6 +77,17 @@ class Reaper:
         question: bytes = b"",
     ) -> tuple[int, str]:
         """Run a short child to its end; (exit code, output), 124 when it was killed for time."""
+        code, output = self.run_bytes(arguments, environment, timeout_s, question)
+        return code, output[-65_536:].decode("utf-8", "replace")
+
+    def run_bytes(
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        timeout_s: float,
+        question: bytes = b"",
+    ) -> tuple[int, bytes]:
+        """The same with all of the output, as it is."""
         with self._lock:
             child = subprocess.Popen(
                 arguments,
@@ -95,7 +107,33 @@ class Reaper:
             code = 124
         finally:
             self._own.pop(child.pid, None)
-        return code, output[-65_536:].decode("utf-8", "replace")
+        return code, output
+
+    def park(
+        self, arguments: list[str], environment: dict[str, str], log: Path, folder: Path
+    ) -> subprocess.Popen[bytes]:
+        """Start a child as `start` does, that hears us on its input and answers on its output,
+        and is spared when an engine ends. Its answers are read without waiting."""
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            with self._lock:
+                child = subprocess.Popen(
+                    arguments,
+                    env=environment,
+                    cwd=folder,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=handle,
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent,  # noqa: PLW1509 - calls prctl, nothing else
+                )
+                self._own[child.pid] = child
+                self.reserved.add(child.pid)
+        finally:
+            os.close(handle)
+        assert child.stdout is not None
+        os.set_blocking(child.stdout.fileno(), False)
+        return child
 
     def converse(
         self, arguments: list[str], environment: dict[str, str]
@@ -113,6 +151,15 @@ class Reaper:
             )
             self._own[child.pid] = child
         return child
+
+    def descendants(self) -> list[psutil.Process]:
+        """Everything below us that an engine's end takes along: all but what is reserved."""
+        spared: set[int] = set()
+        for pid in tuple(self.reserved):
+            with contextlib.suppress(psutil.Error):
+                reserved = psutil.Process(pid)
+                spared |= {pid, *(child.pid for child in reserved.children(recursive=True))}
+        return [process for process in descendants() if process.pid not in spared]
 
     def below(self, own: Collection[int]) -> list[psutil.Process]:
         """What runs below us: these children and every orphan, with all of theirs; no helper."""
@@ -167,8 +214,9 @@ def compiles() -> bool:
     return False
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """Processes of this user that carry this mark, but for ourselves and our ancestors."""
+def marked(mark: str, *, below: bool = False) -> list[psutil.Process]:
+    """Processes of this user that carry this mark (or one below it), but for ourselves and our
+    ancestors."""
     me = psutil.Process()
     spared = {me.pid, *(parent.pid for parent in me.parents())}
     found = []
@@ -176,13 +224,18 @@ def marked(mark: str) -> list[psutil.Process]:
         if process.pid in spared:
             continue
         try:
-            if process.uids().real == os.getuid() and (
-                process.environ().get(MARK_VARIABLE) == mark
-            ):
-                found.append(process)
+            if process.uids().real == os.getuid():
+                its = process.environ().get(MARK_VARIABLE, "")
+                if is_below(its, mark) if below else its == mark:
+                    found.append(process)
         except (psutil.Error, OSError):
             continue  # ended meanwhile, or not ours to read
     return found
+
+
+def is_below(found: str, mark: str) -> bool:
+    """Whether a mark is this one, or of something that this one's owner started."""
+    return found == mark or found.startswith(f"{mark}/")
 
 
 def kill_all(processes: list[psutil.Process]) -> None:

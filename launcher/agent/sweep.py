@@ -10,6 +10,7 @@ import psutil
 from launcher.agent.processes import (
     MARK_VARIABLE,
     SCRATCH_MARK,
+    is_below,
     kill_all,
     remove_segments,
     scratch_root,
@@ -34,7 +35,7 @@ def sweep(mark: str) -> int:
             environment = process.environ()
         except (psutil.Error, OSError):
             continue
-        if _is_below(environment.get(MARK_VARIABLE, ""), mark):
+        if is_below(environment.get(MARK_VARIABLE, ""), mark):
             found.append(process)
     segments = segments_of(found)
     kill_all(found)
@@ -42,13 +43,9 @@ def sweep(mark: str) -> int:
     psutil.wait_procs(found, timeout=max(0.0, deadline - time.monotonic()))
     remove_segments(segments)
     for folder in scratch_root().glob(f"fl-{os.getuid()}-*"):
-        if _is_below(_mark_of(folder), mark):
+        if is_below(_mark_of(folder), mark):
             shutil.rmtree(folder, ignore_errors=True)
     return len(found)
-
-
-def _is_below(found: str, mark: str) -> bool:
-    return found == mark or found.startswith(f"{mark}/")
 
 
 def _mark_of(folder: Path) -> str:

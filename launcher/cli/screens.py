@@ -86,11 +86,28 @@ def _events(status: Status, now: float, *, with_story: bool = True) -> list[str]
     for spare in status.spares:
         for doubt in spare.doubts if status.phase != "stopped" else ():
             doubtful.setdefault(doubt, []).append(spare.node or spare.name)
+    lines += _parked(status)
     lines += [f"doubtful {nodeset.fold(names)}: {doubt}" for doubt, names in doubtful.items()]
     for held in status.cordoned:
         word = "quarantined" if held.kind == "quarantine" else "cordoned"
         lines.append(f"cordoned {held.node}: {held.reason} ({word} {ago(held.at, now)} ago)")
     return lines
+
+
+def _parked(status: Status) -> list[str]:
+    """Which nodes have an engine process ready for the next start, and why others have none."""
+    if status.phase == "stopped":
+        return []
+    nodes = [(node.node, node.parked) for one in status.replicas for node in one.nodes]
+    nodes += [(spare.node, spare.parked) for spare in status.spares if spare.node]
+    told: dict[tuple[str, str], list[str]] = {}
+    for name, parked in nodes:
+        if parked and parked.state == "none" and parked.reason:
+            told.setdefault(("nothing parked on", f": {parked.reason}"), []).append(name)
+        elif parked and parked.state != "none":
+            words = "parked on" if parked.state == "ready" else "parking on"
+            told.setdefault((words, ""), []).append(name)
+    return [f"{words} {nodeset.fold(names)}{why}" for (words, why), names in sorted(told.items())]
 
 
 def fleets_screen(statuses: list[Status], now: float) -> str:

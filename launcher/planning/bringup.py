@@ -169,7 +169,11 @@ def _look_at(
         own_ports = ports.to_check(block, leader=rank == 0)
         wanted = checks(draft.context, seat.node, own_ports)
     assignment = Assignment(
-        revision=draft.record.revision(seat) + 1, goal="idle", checks=wanted, peers=peers
+        revision=draft.record.revision(seat) + 1,
+        goal="idle",
+        checks=wanted,
+        peers=peers,
+        park=draft.context.park,
     )
     return Assign(replica.name, seat, assignment)
 
@@ -280,7 +284,7 @@ def _rank(
             rehearsal=shown.get(seat.node),
         )
         revision = draft.record.revision(seat) + 1
-        assignment = Assignment(revision=revision, goal="rank", member=member)
+        assignment = Assignment(revision=revision, goal="rank", member=member, park=context.park)
         steps.append(Assign(replica.name, seat, assignment))
     return steps
 

@@ -131,6 +131,7 @@ def _idle(draft: Draft, seat: Seat, *, after_failure: bool) -> Assignment:
         revision=draft.record.revision(seat) + 1,
         goal="idle",
         reason="the generation is over",
+        park=draft.context.park,
         stop_grace_s=ENGINE_GRACE_S,
         after_failure=after_failure,
     )

@@ -150,7 +150,13 @@ def _keep(draft: Draft, seat: Seat) -> bool:
     if order is None or order.goal == "rank":
         wanted = checks(draft.context, seat.node, ())
         revision = draft.record.revision(seat) + 1
-        assignment = Assignment(revision=revision, goal="idle", checks=wanted, stop_grace_s=5)
+        assignment = Assignment(
+            revision=revision,
+            goal="idle",
+            checks=wanted,
+            park=draft.context.park,
+            stop_grace_s=5,
+        )
         draft.do(Assign(_owner(draft, seat), seat, assignment))
     return True
 

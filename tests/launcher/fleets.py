@@ -56,8 +56,8 @@ def engine_processes(name: str) -> dict[int, str]:
                 words = (folder / "cmdline").read_bytes()
             except OSError:
                 continue
-            if b"health.collect" in words:
-                continue  # the agent's own probes know the node, too
+            if b"health.collect" in words or is_parked(folder):
+                continue  # the agent's own probes know the node, too, and what waits for an order
             if any(f"/{name}/" in row for row in rows):
                 found |= {
                     int(folder.name): row.removeprefix("LAUNCHER_NODE=")
@@ -65,6 +65,18 @@ def engine_processes(name: str) -> dict[int, str]:
                     if row.startswith("LAUNCHER_NODE=")
                 }
     return found
+
+
+def is_parked(folder: Path, state: Path = Path("/")) -> bool:
+    """Whether this process (a folder of /proc) is parked for a fleet there, and no engine yet."""
+    try:
+        name = (folder / "comm").read_text().strip()
+        environment = (folder / "environ").read_bytes()
+    except OSError:
+        return False
+    begins = b"\0LAUNCHER_PARK=" in environment and name in ("bash", "env", "python3")
+    is_its = f"\0LAUNCHER_BASE={state}".encode() in environment
+    return is_its and (name == "engine-parked" or begins)
 
 
 def eventually(observe, timeout_s=20.0) -> bool:

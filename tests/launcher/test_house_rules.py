@@ -20,7 +20,7 @@ PURE = [
     *("health/xids.py", "health/thresholds.py", "health/collective/rounds.py"),
     *("health/checks/base.py", "health/checks/gpu.py", "health/checks/network.py"),
     *("health/checks/node.py", "launcher/heartbeat.py", "launcher/quoting.py"),
-    *("launcher/agent/lastwords.py", "launcher/agent/progress.py"),
+    *("launcher/agent/lastwords.py", "launcher/agent/progress.py", "launcher/agent/handover.py"),
     *("launcher/figures.py", "launcher/notices.py", "launcher/succession.py"),
     *("launcher/drilling.py", "launcher/planning/drills.py"),
     *("launcher/gateway/documents.py", "launcher/gateway/choose.py", "launcher/gateway/tally.py"),

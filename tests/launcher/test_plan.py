@@ -41,6 +41,9 @@ from tests.launcher.worlds import (
 def plan(context, record, seen):
     made = make_plan(context, record, seen)
     assert lint(context, record, made, seen) == []
+    orders = [step.assignment for step in made.steps if isinstance(step, Assign)]
+    for order in orders:  # an order without it ends what is parked
+        assert order.park == (None if order.goal == "stopped" else context.park)
     return made
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from health.report import Finding, NodeFacts
 from launcher import render
-from launcher.documents import Assignment, Evidence, MemberReport, NetAddress, Peer, Report
+from launcher.documents import Assignment, Evidence, MemberReport, NetAddress, Park, Peer, Report
 from launcher.layout import ModelFacts, choose_layout
 from launcher.planning import new_record
 from launcher.record import AllocationRecord, ReplicaRecord, RunRecord, Seat
@@ -35,6 +35,7 @@ def make_context(pool=("h1", "h2", "h3"), **spec) -> Context:
         user_id=1000,
         pool=tuple(pool),
         secret_names={"VLLM_API_KEY": "api_key"},
+        park=Park(script="park"),
     )
 
 
