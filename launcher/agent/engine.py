@@ -111,8 +111,7 @@ class Engine:
         if now - self._scanned_at > SEGMENT_SCAN_S:
             self._scanned_at = now
             self._look_for_suspects(now)
-            below = [p for p in self.reaper.descendants() if p.pid not in self._suspects.hanging]
-            self._segments |= processes.segments_of(below)
+            self._note_segments()
             self.reaper.collect_adopted()
         if self._stop_at is not None:
             self._go_on_stopping(now)
@@ -135,7 +134,6 @@ class Engine:
         if self._stop_at is not None or self.gone:
             return
         self._stop_at, self._stop_grace_s = time.monotonic(), grace_s
-        self._scanned_at = 0.0  # look at once at what it has mapped: soon it is killed
         self._pending = []
         if self.parking:
             self.parking.release()
@@ -338,9 +336,15 @@ class Engine:
             with contextlib.suppress(ProcessLookupError):
                 process.child.send_signal(signal.SIGTERM)
 
+    def _note_segments(self) -> None:
+        """What it has mapped: that is left behind by whoever is killed."""
+        below = [p for p in self.reaper.descendants() if p.pid not in self._suspects.hanging]
+        self._segments |= processes.segments_of(below)
+
     def _go_on_stopping(self, now: float) -> None:
         """The last started command first: an API server ends its requests while Ray lives."""
         assert self._stop_at is not None
+        self._note_segments()  # a young engine makes them while it is being ended
         living = [p for p in self._processes if p.child.poll() is None]
         if living and now - self._stop_at < self._stop_grace_s:
             self._terminate(living[-1])

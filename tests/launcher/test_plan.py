@@ -42,8 +42,8 @@ def plan(context, record, seen):
     made = make_plan(context, record, seen)
     assert lint(context, record, made, seen) == []
     orders = [step.assignment for step in made.steps if isinstance(step, Assign)]
-    for order in orders:  # an order without it ends what is parked
-        assert order.park == (None if order.goal == "stopped" else context.park)
+    for order in orders:  # an order without it ends what is parked; a drill repeats the last one
+        assert order.drill or order.park == (None if order.goal == "stopped" else context.park)
     return made
 
 
