@@ -364,6 +364,8 @@ class Engine:
         for process in list(self._processes):
             if process.child.returncode is None:
                 processes.signal_group(process.child.pid, signal.SIGKILL)
+        if self.parking:
+            self.parking.kill_claimed()
         processes.kill_all(self.reaper.descendants())
         for mark in filter(None, (self.around.mark, self._adopted_mark)):
             processes.kill_all(processes.marked(mark))

@@ -6,13 +6,14 @@ that started it ends; only the question to the start script has a thread.
 """
 
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.agent import handover, memory
+from launcher.agent import handover, memory, processes
 from launcher.agent.processes import SCRATCH_MARK, Reaper
 from launcher.agent.surroundings import Surroundings, scratch_folder
 from launcher.agent.waiting import Start, Waiting
@@ -115,6 +116,13 @@ class Parking:
         """The engine is over; a process that it did not take has lost its folder."""
         if self._process and self._process.claimed:
             self._drop("the engine ended before it was taken")
+
+    def kill_claimed(self) -> None:
+        """From any thread: one that is about to become the engine shall not, after a fence."""
+        process = self._process
+        if process is not None and process.claimed:
+            processes.signal_group(process.child.pid, signal.SIGKILL)
+            processes.kill_all(processes.marked(process.mark))
 
     def end(self) -> None:
         """Nothing is parked any more, and nothing will be."""

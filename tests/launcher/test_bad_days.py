@@ -23,6 +23,7 @@ from tests.launcher.test_rescheduling import (
 )
 
 pytestmark = pytest.mark.cluster
+FULL = pytest.mark.acceptance  # they wait for minutes; CI meets the others
 AWAY_S = 60.0
 
 
@@ -59,6 +60,7 @@ def waits(fleet) -> str:
     return "; ".join(fleet.status()[1]["waiting_for"])
 
 
+@FULL
 @pytest.mark.parametrize("fleet", ["slurm"], indirect=True)
 def test_while_slurms_controller_is_away_a_spare_takes_over_and_afterwards_all_is_well(fleet):
     asking = serving(fleet)
@@ -80,6 +82,7 @@ def test_while_slurms_controller_is_away_a_spare_takes_over_and_afterwards_all_i
     assert fleet.status()[0] == 0
 
 
+@FULL
 @pytest.mark.parametrize("fleet", ["ssh"], indirect=True)
 def test_a_host_whose_sshd_hangs_goes_on_serving_and_the_status_names_it(fleet):
     asking = serving(fleet)
@@ -159,6 +162,7 @@ def _driver(folder: Path) -> dict:
     return json.loads((folder / "controller.json").read_text())
 
 
+@FULL
 @pytest.mark.parametrize("fleet", ["ssh"], indirect=True)
 def test_a_controller_whose_clock_jumps_an_hour_disturbs_nobody_and_does_its_work(fleet):
     shift = fleet.folder / "clock"
