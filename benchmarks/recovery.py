@@ -27,10 +27,13 @@ from typing import Any
 
 from bringup import ENGINE, MODEL, by_hand
 
+# vLLM on the CPU binds each engine's thread to the same first core, where the one under load
+# starves the one that starts; a GPU node has no such thing.
+UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 LAUNCHER = str(Path(sys.executable).with_name("launcher"))
 CLIENTS = 2
 TOKENS = 16
-SPARE_WITHIN_S = 120
+WARM_WITHIN_S = 240
 
 
 class Fleet:
@@ -40,11 +43,12 @@ class Fleet:
         self.name = name
         self._environment = {**os.environ, "LAUNCHER_STATE_DIR": str(state)}
         self._spec = state / f"{name}.yaml"
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "CPU_ENGINE_START_METHOD": start}
         self._spec.write_text(
             f"name: {name}\nmodel: {MODEL}\nnodes: 2\nspares: {spares}\ngpus_per_node: 1\n"
             f"parallelism: {{pipeline: 2}}\nexecutor: {executor}\n"
             f"runtime: {{venv: {ENGINE.parent}}}\n"
-            f"env: {{VLLM_CPU_KVCACHE_SPACE: 1, CPU_ENGINE_START_METHOD: {start}}}\n"
+            f"env: {json.dumps({**UNBOUND, **environment})}\n"
             "engine: {args: {enforce-eager: true, dtype: float32, max-model-len: 512}}\n"
         )
 
@@ -63,13 +67,19 @@ class Fleet:
     def up(self) -> dict[str, Any]:
         return self.run("up", "-f", str(self._spec))
 
-    def wait_for_spare(self) -> None:
+    def wait_until_warm(self) -> None:
+        """The spare is there, and no node is still parking its next engine process."""
         tick = threading.Event()
-        for _ in range(SPARE_WITHIN_S):
-            if any(spare["phase"] == "warm" for spare in self.status()["spares"]):
+        for _ in range(WARM_WITHIN_S):
+            status = self.status()
+            nodes = [*status["replicas"][0]["nodes"], *status["spares"]]
+            parked = [node["parked"] for node in nodes]
+            over = all(not one or one["state"] == "ready" or one["reason"] for one in parked)
+            if over and any(spare["phase"] == "warm" for spare in status["spares"]):
+                self.parked = [one and f"{one['state']} {one['reason']}" for one in parked]
                 return
             tick.wait(1.0)
-        raise SystemExit(f"{self.name} has no warm spare after {SPARE_WITHIN_S} s")
+        raise SystemExit(f"{self.name} is not warm after {WARM_WITHIN_S} s")
 
     def status(self) -> dict[str, Any]:
         return self.run("status", "--fleet", self.name)
@@ -124,7 +134,8 @@ def recovered(state: Path, executor: str, start: str) -> float:
     fleet = Fleet("subject", state, executor, start, spares=1)
     fleet.up()
     try:
-        fleet.wait_for_spare()
+        fleet.wait_until_warm()
+        print(f"parked: {fleet.parked}", file=sys.stderr)
         return fleet.lose_the_follower()
     finally:
         fleet.down()
@@ -168,6 +179,7 @@ def main() -> int:
     arguments = parser.parse_args()
     start = "fork" if arguments.fork else "spawn"
     executors = ["ray", "mp"] if arguments.executor == "both" else [arguments.executor]
+    os.environ.update(UNBOUND)  # for the start by hand
     state = Path(tempfile.mkdtemp(prefix="lb-state-", dir="/tmp"))
     try:
         results = {one: measure(state, one, start, arguments.rounds) for one in executors}

@@ -93,7 +93,10 @@ class Parking:
             return self._reason or "no process was parked"
         if process.sent_at is not None:
             return self._taken(process, now)
-        process.asked_at = process.asked_at or now
+        if process.asked_at is None:
+            process.asked_at = now
+            if process.state == "importing" and process.quietly and not process.hurry():
+                return self._drop("its imports had begun at the lowest priority, and stay there")
         process.ask(wanted, within_s=0.0)
         if process.state == "importing":
             if now - process.asked_at <= wanted.wait_s:
@@ -166,7 +169,7 @@ class Parking:
             shutil.rmtree(scratch, ignore_errors=True)
             self._tell_none(f"cannot start: {error}")
             return
-        self._process = Waiting(self.reaper, child, scratch, mark, now)
+        self._process = Waiting(self.reaper, child, scratch, mark, now, quietly=quietly)
         self.parked = Parked(state="importing", since=time.time())
 
     def _heard(self) -> Waiting | None:

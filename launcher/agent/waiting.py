@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
 from launcher.agent import handover, processes
 from launcher.agent.handover import Change, Told
 from launcher.agent.processes import Reaper
@@ -44,6 +46,7 @@ class Waiting:
     state: Literal["importing", "ready", "unfit", "taken"] = "importing"
     reason: str = ""
     took_s: float | None = None
+    quietly: bool = False  # it was made beside an engine that serves, with what that one left
     claimed: bool = False  # an engine works in its scratch folder
     asked_at: float | None = None
     sent_at: float | None = None
@@ -80,6 +83,19 @@ class Waiting:
                 self.took_s = round(time.monotonic() - self.made_at, 2)
             case "taken":
                 self.state = "taken"
+
+    def hurry(self) -> bool:
+        """Let its imports go on like any other process's; False where that cannot be."""
+        try:
+            process = psutil.Process(self.child.pid)
+            process.ionice(psutil.IOPRIO_CLASS_NONE)
+            if process.nice() > 0:
+                process.nice(0)
+            else:  # it stepped back with its session
+                Path(f"/proc/{process.pid}/autogroup").write_text("0", encoding="ascii")
+        except (psutil.Error, OSError):
+            return False
+        return True
 
     def ask(self, wanted: Start, within_s: float) -> None:
         """Let the start script tell what it would start; the answer may come at a later call."""
