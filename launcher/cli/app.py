@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from inventory.errors import FleetError
+from launcher.cli.spec_flags import FleetOption, Model, SpecFile, takes_spec
 
 app = typer.Typer(
     name="launcher",
@@ -17,73 +18,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-SpecFile = Annotated[
-    Path | None, typer.Option("-f", "--file", help="The spec; ./fleet.yaml if it is there.")
-]
-FleetOption = Annotated[str | None, typer.Option("--fleet", help="The fleet's name.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Model = Annotated[str | None, typer.Option(help="A model folder or a Hugging Face id.")]
-Nodes = Annotated[int | None, typer.Option(help="Nodes per replica.")]
-Replicas = Annotated[int | None, typer.Option(help="How many replicas.")]
-Spares = Annotated[int | None, typer.Option(help="Nodes kept ready to take a lost one's place.")]
-Executor = Annotated[str | None, typer.Option(help="ray or mp (vLLM's own multi-node mode).")]
-Tensor = Annotated[int | None, typer.Option(help="Tensor-parallel size.")]
-Pipeline = Annotated[int | None, typer.Option(help="Pipeline-parallel size.")]
-Data = Annotated[int | None, typer.Option(help="Data-parallel size.")]
-GpusPerNode = Annotated[int | None, typer.Option(help="GPUs that a replica uses on each node.")]
-Port = Annotated[int | None, typer.Option(help="Port of the fleet's address (the gateway).")]
-Preflight = Annotated[
-    str | None, typer.Option("--preflight", help="quick (with a collective check) or passive.")
-]
-
-
-def _flags(
-    fleet: str | None,
-    model: str | None,
-    nodes: int | None,
-    replicas: int | None,
-    spares: int | None,
-    executor: str | None,
-    tensor: int | None,
-    pipeline: int | None,
-    data: int | None,
-    gpus_per_node: int | None,
-    port: int | None,
-) -> dict[str, Any]:
-    """The flags that were given, nested like the spec."""
-    plain = {
-        "name": fleet,
-        "model": model,
-        "nodes": nodes,
-        "replicas": replicas,
-        "spares": spares,
-        "executor": executor,
-        "gpus_per_node": gpus_per_node,
-        "port": port,
-    }
-    flags: dict[str, Any] = {key: value for key, value in plain.items() if value is not None}
-    sizes = {"tensor": tensor, "pipeline": pipeline, "data": data}
-    if any(size is not None for size in sizes.values()):
-        # Sizes given together replace the file's: --tensor 2 means tensor 2 and nothing else.
-        flags["parallelism"] = {name: size or 1 for name, size in sizes.items()}
-    return flags
 
 
 @app.command()
+@takes_spec
 def up(
-    file: SpecFile = None,
-    fleet: FleetOption = None,
-    model: Model = None,
-    nodes: Nodes = None,
-    replicas: Replicas = None,
-    spares: Spares = None,
-    executor: Executor = None,
-    tensor: Tensor = None,
-    pipeline: Pipeline = None,
-    data: Data = None,
-    gpus_per_node: GpusPerNode = None,
-    port: Port = None,
-    preflight: Preflight = None,
+    file: Path | None,
+    flags: dict[str, Any],
+    preflight: Annotated[
+        str | None, typer.Option("--preflight", help="quick (with a collective check) or passive.")
+    ] = None,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Do not wait until it serves.")
     ] = False,
@@ -96,19 +41,6 @@ def up(
     """Bring a fleet up and print its endpoint. Run again, it joins what runs."""
     from launcher.cli import up as command
 
-    flags = _flags(
-        fleet,
-        model,
-        nodes,
-        replicas,
-        spares,
-        executor,
-        tensor,
-        pipeline,
-        data,
-        gpus_per_node,
-        port,
-    )
     if preflight:
         flags["preflight"] = preflight
     _watched(
@@ -117,73 +49,29 @@ def up(
 
 
 @app.command()
+@takes_spec
 def plan(
-    file: SpecFile = None,
-    fleet: FleetOption = None,
-    model: Model = None,
-    nodes: Nodes = None,
-    replicas: Replicas = None,
-    spares: Spares = None,
-    executor: Executor = None,
-    tensor: Tensor = None,
-    pipeline: Pipeline = None,
-    data: Data = None,
-    gpus_per_node: GpusPerNode = None,
-    port: Port = None,
+    file: Path | None,
+    flags: dict[str, Any],
     as_json: Json = False,
 ) -> None:
     """Show the layout that up would use, and why. Changes nothing."""
     from launcher.cli import show as command
 
-    flags = _flags(
-        fleet,
-        model,
-        nodes,
-        replicas,
-        spares,
-        executor,
-        tensor,
-        pipeline,
-        data,
-        gpus_per_node,
-        port,
-    )
     raise typer.Exit(command.plan(file, flags, as_json=as_json))
 
 
 @app.command()
+@takes_spec
 def render(
-    file: SpecFile = None,
-    fleet: FleetOption = None,
-    model: Model = None,
-    nodes: Nodes = None,
-    replicas: Replicas = None,
-    spares: Spares = None,
-    executor: Executor = None,
-    tensor: Tensor = None,
-    pipeline: Pipeline = None,
-    data: Data = None,
-    gpus_per_node: GpusPerNode = None,
-    port: Port = None,
+    file: Path | None,
+    flags: dict[str, Any],
     out: Annotated[Path | None, typer.Option("--out", help="Write the files here.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write, byte for byte, the scripts and commands that up would run."""
     from launcher.cli import show as command
 
-    flags = _flags(
-        fleet,
-        model,
-        nodes,
-        replicas,
-        spares,
-        executor,
-        tensor,
-        pipeline,
-        data,
-        gpus_per_node,
-        port,
-    )
     raise typer.Exit(command.render(file, flags, out=out, as_json=as_json))
 
 
