@@ -132,9 +132,11 @@ class Host:
                 raise
 
     def listing(self, folder: str) -> list[str]:
+        """Names in a folder; one that is a path is not one that a server may give."""
         with self._lock, self._translated(f"list {folder}"):
             try:
-                return sorted(self._files().listdir(folder))
+                names = self._files().listdir(folder)
+                return sorted(n for n in names if "/" not in n and n not in (".", ".."))
             except FileNotFoundError:
                 return []
 

@@ -109,6 +109,7 @@ class SshHosts:
         def start(host: Host) -> None:
             name = host.node.name
             base = self._base(allocation, name)
+            self._clear_what_was_forgotten(allocation, host, base)
             for secret, value in allocation.secrets.items():
                 host.write(f"{base}/secrets/{secret}", value.encode())
             host.write(f"{base}/agent.json", allocation.config.model_dump_json().encode())
@@ -168,9 +169,7 @@ class SshHosts:
         def clean(host: Host) -> None:
             name = host.node.name
             self._keep_logs(allocation, host)
-            base = self._base(allocation, name)
-            sweep = [_python(), "-m", "launcher.agent", "--sweep", allocation.config.mark]
-            host.run(f"{_line(sweep)}; rm -rf -- {quoting.word(base)}")
+            self._sweep(allocation, host, self._base(allocation, name))
 
         chosen = allocation.nodes if nodes is None else nodes
         answers = self.fleet().each(chosen, clean, START_DEADLINE_S)
@@ -248,16 +247,31 @@ class SshHosts:
             home = self._homes[node] = self.fleet().hosts[node].home()
         return home
 
+    def _clear_what_was_forgotten(self, allocation: Allocation, host: Host, base: str) -> None:
+        """An agent of this fleet with another token is of a state folder that was removed: nobody
+        else can reach it, and its reports would be taken for the new one's."""
+        token = host.read(f"{base}/secrets/agent_token")
+        ours = allocation.secrets.get("agent_token", "")
+        if token is not None and token.decode("utf-8", "replace").strip() != ours:
+            self._sweep(allocation, host, base)
+
+    def _sweep(self, allocation: Allocation, host: Host, base: str) -> None:
+        sweep = [_python(), "-m", "launcher.agent", "--sweep", allocation.config.mark]
+        host.run(f"{_line(sweep)}; rm -rf -- {quoting.word(base)}")
+
     def _keep_logs(self, allocation: Allocation, host: Host) -> None:
-        """Fetch the end of every log, and the last report: the host keeps nothing of ours."""
+        """Fetch the end of every log, the evidence and the last report: the host keeps nothing."""
         name = host.node.name
         root = f"{self._base(allocation, name)}/nodes/{name}"
         target = make_private(BasePaths(allocation.base.root).node(name).root)
-        make_private(target / "logs")
         files = [f"logs/{one}" for one in host.listing(f"{root}/logs")]
+        for generation in host.listing(f"{root}/evidence"):
+            folder = f"evidence/{generation}"
+            files += [f"{folder}/{one}" for one in host.listing(f"{root}/{folder}")]
         for file in [*files, "agent.log", "report.json"]:
             raw = host.read(f"{root}/{file}", -LOG_KEPT_BYTES)
             if raw is not None:
+                make_private((target / file).parent)
                 write_text(target / file, raw.decode("utf-8", "replace"))
 
 
@@ -277,8 +291,10 @@ def _line(arguments: list[str]) -> str:
 
 
 def _relative_base(allocation: Allocation, node: str) -> str:
-    """Below the host's home, with the node's name, for homes may be shared between hosts."""
-    own = f"{allocation.run}.{allocation.owner}.a{allocation.number}"
+    """Below the host's home, with the node's name, for homes may be shared between hosts; and with
+    the mark, for a fleet of the same name may have another state folder."""
+    mark = allocation.config.mark[:6]
+    own = f"{allocation.run}.{allocation.owner}.a{allocation.number}.{mark}"
     return f".local/state/launcher/{allocation.fleet}/on-{node}/{own}"
 
 

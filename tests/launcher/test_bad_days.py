@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -127,6 +128,24 @@ def test_with_a_full_state_folder_it_serves_and_acts_when_there_is_room_again(sm
     assert eventually(lambda: serves_again(fleet, 2), 60.0), fleet.status()
     asking.stop()
     assert asking.failed == [], "they were held"
+
+
+@FULL
+@pytest.mark.parametrize("fleet", ["ssh"], indirect=True)
+def test_a_fleet_whose_state_folder_was_removed_comes_up_anew_and_the_old_one_is_gone(fleet):
+    code, document = fleet.up()
+    assert code == 0, document["error"]
+    old = set(engine_processes(fleet.name))
+    folder = Path(fleet.cli.environment["LAUNCHER_STATE_DIR"]) / fleet.name
+    owner = json.loads((folder / "gateway/owner.json").read_text())
+    for pid in (owner["supervisor"]["pid"], owner["front"]["pid"], _driver(folder)["pid"]):
+        os.kill(pid, 9)
+    for one in owner["tier"]:
+        os.kill(one["pid"], 9)
+    shutil.rmtree(folder)
+    code, document = fleet.up()
+    assert code == 0, document["error"]
+    assert not old & set(engine_processes(fleet.name))
 
 
 @pytest.mark.parametrize("fleet", ["ssh"], indirect=True)
