@@ -142,7 +142,7 @@ BUGS = (
         "the generation does not grow",
         "the next engine has the last one's number: its evidence is taken for new",
         _same_generation,
-        386,
+        452,
     ),
     Bug(
         "impatience",
@@ -154,7 +154,7 @@ BUGS = (
         "the brake is off",
         "every node that fails the same check is quarantined",
         lambda: patch.object(Ledger, "brake", lambda *_: ""),
-        367,
+        148,
     ),
     Bug(
         "spares are dismissed",

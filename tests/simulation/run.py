@@ -82,7 +82,8 @@ class SimStore:
         before, self.cordons = self.cordons, edit(self.cordons)
         for cordon in self.cordons.recent:
             if cordon not in before.recent:
-                self._sim.quarantines.append((self._sim.world.now, cordon.node, cordon.check))
+                # By the controllers' clock, which is all that the brake can go by.
+                self._sim.quarantines.append((cordon.at, cordon.node, cordon.check))
 
     def keep_rendered(self, allocation: str, scripts: Mapping[str, str]) -> None:
         return
