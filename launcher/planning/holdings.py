@@ -66,7 +66,8 @@ def tell_unseen(draft: Draft) -> None:
         for agent in view.agents.values():
             replica = draft.sitting.get(Seat(node=agent.node, allocation=held.name))
             works = agent.report is not None and not is_silent(agent)
-            if agent.problem and (works or (replica is not None and replica.ranked_at)):
+            serves = replica is not None and replica.ranked_at and not is_lost(agent)
+            if agent.problem and not agent.ended and (works or serves):
                 draft.wait(agent.node, f"{agent.problem}; what runs there goes on")
     for reason in silent:
         draft.wait("the backend", f"{reason}; what runs goes on")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from health.report import Finding, NodeFacts
@@ -357,3 +359,19 @@ def test_a_plan_that_breaks_a_rule_is_named_by_the_linter():
     assert "would go back to 1" in problems
     assert "h1 would be held by r2.a1 and r1.a1" in problems
     assert "h1 would get a rank before it is known to be idle" in problems
+
+
+@pytest.mark.parametrize(
+    ("seen", "told"),
+    [
+        ({"problem": "has not answered for 4 s"}, "h2: has not answered for 4 s"),
+        ({"problem": "its agent's process ended", "ended": True}, ""),
+    ],
+)
+def test_who_serves_and_cannot_be_asked_is_told_and_not_who_has_ended(seen, told):
+    context = make_context()
+    views = serving()
+    views[1] = replace(views[1], **seen)
+    made = plan(context, ranked(context, serving_at=NOW), snapshot(*views))
+    goes_on = [wait for wait in made.waiting_for if "what runs there goes on" in wait]
+    assert [wait.partition(";")[0] for wait in goes_on] == ([told] if told else [])
