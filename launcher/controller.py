@@ -5,13 +5,10 @@
 It may be killed at any instant: the next one reads the record, looks at the world, and goes on.
 """
 
-import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +25,6 @@ from launcher.paths import FleetPaths
 from launcher.planning import new_record
 from launcher.pulse import Pulse
 from launcher.record import RunRecord
-from launcher.slurm_tools.jobs import own_place
 from launcher.snapshot import Snapshot
 from launcher.spec import FleetSpec
 from launcher.status import Status, bare_status, make_status
@@ -36,7 +32,8 @@ from launcher.steps import Plan
 from launcher.store import DiskStore
 from launcher.traffic import Traffic
 from launcher.verdicts import replica_phase
-from launcher.wish import Driver, Wish, read_record, read_wish, take_the_wheel
+from launcher.wheel import LostWheelError, Wheel
+from launcher.wish import Wish, read_record, read_wish, take_the_wheel
 
 # Until ranks are given every wait of ours delays the engine; afterwards the engine is waited for.
 ACTED_TURN_S = 0.05  # what a step brought about is looked at soon
@@ -44,6 +41,7 @@ STARTING_TURN_S = 0.15
 BUSY_TURN_S = 0.5
 CALM_TURN_S = 1.0
 STATUS_EVERY_S = 5.0
+TRY_AGAIN_S = 2.0
 
 log = logging.getLogger("launcher.controller")
 
@@ -51,9 +49,10 @@ log = logging.getLogger("launcher.controller")
 class Controller:
     """One run of one fleet, from the first round to the last."""
 
-    def __init__(self, paths: FleetPaths, wish: Wish) -> None:
+    def __init__(self, paths: FleetPaths, wish: Wish, wheel: Wheel) -> None:
         self.paths = paths
         self.wish = wish
+        self._wheel = wheel
         self.run_paths = paths.run(wish.run)
         spec = read_document(self.run_paths.spec, FleetSpec)
         if spec is None:
@@ -61,21 +60,14 @@ class Controller:
         self.spec = spec
         self.journal = Journal(self.run_paths.journal)
         self._herald = Herald(paths, wish.run, self.journal)
-        self._woken = threading.Event()
-        self._beat = 0
-        self._started_at = time.time()
-        self._place = own_place()
         self._last_status: Status | None = None
-        self._ordered_to_end = False
         self._acted = False
         self._known: tuple[str, ...] = ()
         self._leftover = ""
 
     def run(self) -> None:
         """Rounds until the run is over, or until we are told to end (the fleet goes on)."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-        self._drive()
+        self._wheel.hold()
         self.journal.write("controller", pid=os.getpid(), host=socket.gethostname())
         ground = make_ground(self.spec, self.paths, check=False)
         record = read_record(self.paths, self.wish.run)
@@ -87,24 +79,24 @@ class Controller:
         traffic = Traffic(self.paths, self.spec, self.run_paths.spec, self.journal)
         self._known = ground.context.known
         pulse = Pulse(read_secrets(self.paths.secrets)["agent_token"].encode())
-        pulse.woken = self._woken
+        pulse.woken = woken = self._wheel.woken
         pulse.start()
         observer = Observer(ground.backend, pulse, RealClock(record.seen_at))
         loop = Loop(ground.context, observer, executor, store, ground.allocation)
         try:
-            while not self._ordered_to_end and not self._round(loop, executor, traffic):
-                self._woken.wait(self._turn_s(executor.record))
-                self._woken.clear()
+            while not self._wheel.told_to_end.is_set():
+                if self._round(loop, executor, traffic):
+                    break
+                woken.wait(self._turn_s(executor.record))
+                woken.clear()
         finally:
             pulse.stop()
             self._herald.close()
             ground.backend.close()
-            with contextlib.suppress(StateError):
-                self._drive(ended=True)
 
     def _round(self, loop: Loop, executor: Executor, traffic: Traffic) -> bool:
         """One turn of the loop; True when nothing is left to do, ever."""
-        self._drive()
+        self._wheel.hold()
         wish = read_wish(self.paths)
         if wish is not None and wish.run == self.wish.run:
             self.wish = wish
@@ -166,8 +158,8 @@ class Controller:
             leftover=self._leftover,
             ttl_s=self.spec.limits.ttl,
         )
-        if self._place:
-            words = f"running in Slurm job {self._place.job} on {self._place.node}"
+        if place := self._wheel.place:
+            words = f"running in Slurm job {place.job} on {place.node}"
             status = status.model_copy(update={"controller": words})
         status = self._herald.look(status)
         last = self._last_status
@@ -177,25 +169,6 @@ class Controller:
                 return
         write_document(self.paths.status, status)
         self._last_status = status
-
-    def _drive(self, *, ended: bool = False) -> None:
-        self._beat += 1
-        write_document(
-            self.paths.controller,
-            Driver(
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                run=self.wish.run,
-                beat=self._beat,
-                started_at=self._started_at,
-                job=self._place.job if self._place else "",
-                ended=ended,
-            ),
-        )
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self._ordered_to_end = True
-        self._woken.set()
 
 
 def write_failed_status(paths: FleetPaths, wish: Wish, error: FleetError) -> None:
@@ -224,23 +197,30 @@ def drive(paths: FleetPaths) -> int:
         print("nothing is wished for", file=sys.stderr)
         return 1
     make_private(paths.run(wish.run).root)
-    while True:
+    wheel = Wheel(paths, wish.run)
+    code = 0
+    while not wheel.told_to_end.is_set():
         try:
-            Controller(paths, wish).run()
+            Controller(paths, wish, wheel).run()
+            break
+        except LostWheelError as error:
+            log.error("%s", error)
             return 0
         except StateError as error:
             # A full or hanging state folder: serving goes on without us; try again.
             log.error("%s", error)
             if not paths.root.is_dir():
                 return 1
-            time.sleep(2.0)
         except FleetError as error:
             log.error("%s", error)
-            if _is_away(error) and read_record(paths, wish.run) is not None:
-                time.sleep(2.0)  # what runs goes on; it is adopted when Slurm answers again
-                continue
-            write_failed_status(paths, wish, error)
-            return error.exit_code
+            if not _is_away(error) or read_record(paths, wish.run) is None:
+                write_failed_status(paths, wish, error)
+                code = error.exit_code
+                break
+            # What runs goes on; it is adopted when Slurm answers again.
+        wheel.told_to_end.wait(TRY_AGAIN_S)
+    wheel.leave()
+    return code
 
 
 def _is_away(error: FleetError) -> bool:

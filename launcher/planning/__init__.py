@@ -6,8 +6,8 @@ exact that the executor has no choices. The plan of a fleet that is as it should
     plan.py        one round: allocations, replicas, spares, in this order
     gather.py      a replica's seats: survivors first, then spares, then nodes asked for
     bringup.py     preflight, addresses, ranks, the proving token
+    lifetime.py    whether the fleet has lived long enough
     unfit.py       a node that may not serve: swapped, or the fleet is refused
-    drills.py      a fault that a person wants to see survived
     ending.py      engines are told to stop: for the next generation, or for good
     holdings.py    allocations: settled, kept while they are of use, given back
     spares.py      as many as the spec wants
