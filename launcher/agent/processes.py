@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
@@ -51,23 +51,9 @@ class Reaper:
         self, arguments: list[str], environment: dict[str, str], log: Path, folder: Path
     ) -> subprocess.Popen[bytes]:
         """Start a child in a session of its own, its output appended to `log` (mode 0600)."""
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            with self._lock:
-                child = subprocess.Popen(
-                    arguments,
-                    env=environment,
-                    cwd=folder,
-                    stdin=subprocess.DEVNULL,
-                    stdout=handle,
-                    stderr=handle,
-                    start_new_session=True,
-                    preexec_fn=_die_with_parent,  # noqa: PLW1509 - calls prctl, nothing else
-                )
-                self._own[child.pid] = child
-        finally:
-            os.close(handle)
-        return child
+        with _appending(log) as output:
+            streams = (subprocess.DEVNULL, output, output)
+            return self._spawn(arguments, environment, streams, folder)
 
     def run(
         self,
@@ -114,23 +100,10 @@ class Reaper:
     ) -> subprocess.Popen[bytes]:
         """Start a child as `start` does, that hears us on its input and answers on its output,
         and is spared when an engine ends. Its answers are read without waiting."""
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            with self._lock:
-                child = subprocess.Popen(
-                    arguments,
-                    env=environment,
-                    cwd=folder,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=handle,
-                    start_new_session=True,
-                    preexec_fn=_die_with_parent,  # noqa: PLW1509 - calls prctl, nothing else
-                )
-                self._own[child.pid] = child
-                self.reserved.add(child.pid)
-        finally:
-            os.close(handle)
+        with _appending(log) as errors:
+            streams = (subprocess.PIPE, subprocess.PIPE, errors)
+            child = self._spawn(arguments, environment, streams, folder)
+        self.reserved.add(child.pid)
         assert child.stdout is not None
         os.set_blocking(child.stdout.fileno(), False)
         return child
@@ -139,13 +112,25 @@ class Reaper:
         self, arguments: list[str], environment: dict[str, str]
     ) -> subprocess.Popen[bytes]:
         """Start a child that reads lines from us and answers by lines; it dies with us."""
+        streams = (subprocess.PIPE, subprocess.PIPE, subprocess.DEVNULL)
+        return self._spawn(arguments, environment, streams)
+
+    def _spawn(
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        streams: tuple[int, int, int],
+        folder: Path | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """A child that dies with us; `streams` are its input, its output and its errors."""
         with self._lock:
             child = subprocess.Popen(
                 arguments,
                 env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                stdin=streams[0],
+                stdout=streams[1],
+                stderr=streams[2],
                 start_new_session=True,
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 - calls prctl, nothing else
             )
@@ -182,6 +167,15 @@ class Reaper:
 
     def forget(self, pid: int) -> None:
         self._own.pop(pid, None)
+
+
+@contextlib.contextmanager
+def _appending(log: Path) -> Iterator[int]:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def scratch_root() -> Path:
