@@ -20,7 +20,7 @@ from launcher.apply import remember
 from launcher.check import lint
 from launcher.cli.drill import choose
 from launcher.cli.steady import Steady
-from launcher.documents import Assignment, Drill, Member
+from launcher.documents import Assignment, Drill
 from launcher.drilling import DISK_LEFT_BYTES, Course, followed
 from launcher.errors import UsageError
 from launcher.planning import make_plan
@@ -118,22 +118,7 @@ def test_a_drill_that_would_change_the_order_is_refused():
 # The agent
 
 
-MEMBER = Member(
-    replica="r1",
-    generation=1,
-    rank=0,
-    size=1,
-    address="127.0.0.1",
-    interface="lo",
-    leader_address="127.0.0.1",
-    ports={"api": 1},
-    commands=(),
-    ranks_per_node=1,
-    served_model="m",
-    start_timeout_s=1,
-    peers=(),
-    guard_port=1,
-)
+MEMBER = worlds.lone_member()
 
 
 def ordered(revision, kind="") -> Assignment:

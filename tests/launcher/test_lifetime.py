@@ -103,7 +103,10 @@ def in_front(fleet):
     path = fleet.folder / "fleet.yaml"
     path.write_text(yaml.safe_dump(fleet.spec))
     command = fleet.cli.start("up", "-f", str(path), "--foreground")
-    serves = lambda: fleet.paths.status.exists() and fleet.status()["phase"] == "serving"  # noqa: E731
+
+    def serves() -> bool:
+        return fleet.paths.status.exists() and fleet.status()["phase"] == "serving"
+
     assert eventually(serves, 60.0)
     fleet.document = fleet.status()
     return command

@@ -1,7 +1,7 @@
 import os
 import subprocess
 import sys
-import time
+import threading
 from multiprocessing import shared_memory
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from launcher.agent import processes
 from launcher.agent.engine import Engine
 from launcher.agent.surroundings import Surroundings
 from launcher.agent.sweep import sweep
-from launcher.documents import Member
+from tests.launcher.worlds import lone_member
 
 CHILD = """
 import multiprocessing, sys, time
@@ -78,32 +78,16 @@ def test_own_segments_that_are_not_recorded_are_left_alone():
         segment.unlink()
 
 
-def test_the_timer_of_a_fence_leaves_the_next_generation_alone(tmp_path, monkeypatch):
+def test_the_timer_of_a_fence_leaves_the_next_generation_alone(tmp_path):
     """A replica that is back before the timer rings must not be killed by it."""
-    monkeypatch.setattr("launcher.agent.engine.FENCE_GRACE_S", 0.3)
     around = Surroundings("n1", tmp_path, tmp_path, tmp_path, tmp_path, "test-fence/n1", {}, {})
-    member = Member(
-        replica="r1",
-        generation=1,
-        rank=0,
-        size=1,
-        address="127.0.0.1",
-        interface="lo",
-        leader_address="127.0.0.1",
-        ports={"api": 1, "guard": 2},
-        commands=(),
-        ranks_per_node=1,
-        served_model="m",
-        start_timeout_s=10,
-        peers=(),
-        guard_port=2,
-    )
     reaper = processes.Reaper()
-    engine = Engine(member, around, reaper)
+    engine = Engine(lone_member(), around, reaper)
+    before = set(threading.enumerate())
     engine.fence()
+    (timer,) = set(threading.enumerate()) - before
+    timer.cancel()
     engine.gone = True
-    child = reaper.start(["sleep", "60"], {**os.environ}, tmp_path / "log", tmp_path)
-    time.sleep(0.8)
-    assert child.poll() is None
-    child.kill()
-    child.wait()
+    child = reaper.converse(["cat"], {**os.environ})
+    timer.function()
+    assert child.communicate(b"alive")[0] == b"alive"

@@ -1,10 +1,19 @@
-"""Small worlds for the planner's tests: reports, views and records with sensible values."""
+"""Small worlds for the planner's tests: orders, reports, views and records, sensibly filled."""
 
 from dataclasses import replace
 
 from health.report import Finding, NodeFacts
 from launcher import render
-from launcher.documents import Assignment, Evidence, MemberReport, NetAddress, Park, Peer, Report
+from launcher.documents import (
+    Assignment,
+    Evidence,
+    Member,
+    MemberReport,
+    NetAddress,
+    Park,
+    Peer,
+    Report,
+)
 from launcher.layout import ModelFacts, choose_layout
 from launcher.planning import new_record
 from launcher.record import AllocationRecord, ReplicaRecord, RunRecord, Seat
@@ -151,6 +160,26 @@ def member(rank: int, token: bool = False) -> MemberReport:
         rank=rank,
         endpoint="http://10.0.0.1:1/v1" if token else None,
         first_token_at=NOW if token else None,
+    )
+
+
+def lone_member() -> Member:
+    """What an agent is told to be: a replica of one node, with nothing to start."""
+    return Member(
+        replica="r1",
+        generation=1,
+        rank=0,
+        size=1,
+        address="127.0.0.1",
+        interface="lo",
+        leader_address="127.0.0.1",
+        ports={"api": 1, "guard": 2},
+        commands=(),
+        ranks_per_node=1,
+        served_model="m",
+        start_timeout_s=10,
+        peers=(),
+        guard_port=2,
     )
 
 
