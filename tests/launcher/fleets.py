@@ -1,6 +1,8 @@
 """A fleet under test: its spec, its commands, and what it has running. Shared by all backends."""
 
 import json
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -98,3 +100,58 @@ def ask(document: dict, prompt="The quick brown fox", tokens=8) -> str:
         model=document["fleet"], prompt=prompt, max_tokens=tokens, temperature=0
     )
     return answer.choices[0].text
+
+
+def replica_of(fleet, name="r1") -> dict:
+    return next(one for one in fleet.status()[1]["replicas"] if one["name"] == name)
+
+
+def nodes_of(fleet, name="r1") -> list[str]:
+    return [node["node"] for node in replica_of(fleet, name)["nodes"]]
+
+
+def serves_again(fleet, generation: int, name="r1") -> bool:
+    replica = replica_of(fleet, name)
+    return replica["phase"] == "serving" and replica["generation"] >= generation
+
+
+def kill_controller(fleet) -> None:
+    folder = Path(fleet.cli.environment["LAUNCHER_STATE_DIR"]) / fleet.name
+    os.kill(json.loads((folder / "controller.json").read_text())["pid"], 9)
+
+
+def spares(fleet) -> list[str]:
+    return [one["node"] for one in fleet.status()[1]["spares"] if one["phase"] == "warm"]
+
+
+def engines(fleet) -> set[str]:
+    """The nodes on which an engine of this fleet runs (the agent's probes are none)."""
+    return {
+        node
+        for pid, node in engine_processes(fleet.name).items()
+        if b"fake_" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    }
+
+
+class Asking(threading.Thread):
+    """Requests, one after the other, until told to stop; each must be answered."""
+
+    def __init__(self, document: dict) -> None:
+        super().__init__(daemon=True)
+        self._document = document
+        self._enough = threading.Event()
+        self.answered, self.failed, self.longest_s = 0, [], 0.0
+
+    def run(self) -> None:
+        while not self._enough.is_set():
+            began = time.monotonic()
+            try:
+                assert ask(self._document) == "x"
+                self.answered += 1
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is what is counted
+                self.failed.append(repr(error))
+            self.longest_s = max(self.longest_s, time.monotonic() - began)
+
+    def stop(self) -> None:
+        self._enough.set()
+        self.join(60)

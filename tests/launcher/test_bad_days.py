@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import bed
-from tests.conftest import ROOT, Cli
-from tests.launcher.fleets import FleetUnderTest, engine_processes, eventually, fake_spec
-from tests.launcher.test_rescheduling import (
+from tests.conftest import Cli
+from tests.launcher.fleets import (
     Asking,
+    engine_processes,
     engines,
+    eventually,
     kill_controller,
     nodes_of,
     replica_of,
@@ -29,22 +30,11 @@ AWAY_S = 60.0
 
 
 @pytest.fixture
-def fleet(request, cluster, shared_cli, shared_dir, fake_engine, shared_model, fleet_name):
-    """Two hosts serve, one is their spare; it comes back as often as it must."""
-    backend = {"slurm": {"partition": "gpu", "walltime": "30m", "exclusive": True}}
-    if request.param == "ssh":
-        request.getfixturevalue("bootstrapped")
-        backend = {"ssh": {"inventory": str(ROOT / ".testbed/inventory.yaml")}}
-    spec = fake_spec(backend, shared_model, fake_engine)
-    spec["limits"] = {"drain": "5s", "start": "30s"}
-    spec["spares"] = 1
-    made = FleetUnderTest(shared_dir, shared_cli, fleet_name, spec)
-    yield made
-    print(made.cli("events", "--fleet", fleet_name, "--limit", "500").stdout)
-    bed.repair(wait_idle=False)
-    assert made.down() == 0
-    bed.repair()
-    assert engine_processes(fleet_name) == {}
+def fleet(request, on_whole_hosts):
+    """Two hosts serve, one is their spare."""
+    made = on_whole_hosts(request.param)
+    made.spec["spares"] = 1
+    return made
 
 
 def serving(fleet) -> Asking:

@@ -1,16 +1,22 @@
 """Who is lost is replaced: on the testbed with the fake engine, by Slurm and by SSH."""
 
 import json
-import os
-import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.cluster import bed
-from tests.conftest import ROOT
-from tests.launcher.fleets import FleetUnderTest, ask, engine_processes, eventually, fake_spec
+from tests.launcher.fleets import (
+    Asking,
+    ask,
+    engines,
+    eventually,
+    kill_controller,
+    nodes_of,
+    replica_of,
+    serves_again,
+    spares,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -20,77 +26,8 @@ FULL = pytest.mark.acceptance
 
 
 @pytest.fixture
-def fleet(request, cluster, shared_cli, shared_dir, fake_engine, shared_model, fleet_name):
-    backend = {"slurm": {"partition": "gpu", "walltime": "30m", "exclusive": True}}
-    if request.param == "ssh":
-        request.getfixturevalue("bootstrapped")
-        backend = {"ssh": {"inventory": str(ROOT / ".testbed/inventory.yaml")}}
-    spec = fake_spec(backend, shared_model, fake_engine)
-    spec["limits"] = {"drain": "5s", "start": "30s"}
-    made = FleetUnderTest(shared_dir, shared_cli, fleet_name, spec)
-    yield made
-    print(
-        made.cli("events", "--fleet", fleet_name, "--limit", "500").stdout
-    )  # shown when the test has failed
-    bed.repair(wait_idle=False)
-    made.down()
-    bed.repair()
-    assert engine_processes(fleet_name) == {}
-
-
-def replica_of(fleet, name="r1") -> dict:
-    return next(one for one in fleet.status()[1]["replicas"] if one["name"] == name)
-
-
-def nodes_of(fleet, name="r1") -> list[str]:
-    return [node["node"] for node in replica_of(fleet, name)["nodes"]]
-
-
-def serves_again(fleet, generation: int, name="r1") -> bool:
-    replica = replica_of(fleet, name)
-    return replica["phase"] == "serving" and replica["generation"] >= generation
-
-
-def kill_controller(fleet) -> None:
-    folder = Path(fleet.cli.environment["LAUNCHER_STATE_DIR"]) / fleet.name
-    os.kill(json.loads((folder / "controller.json").read_text())["pid"], 9)
-
-
-def spares(fleet) -> list[str]:
-    return [one["node"] for one in fleet.status()[1]["spares"] if one["phase"] == "warm"]
-
-
-def engines(fleet) -> set[str]:
-    """The nodes on which an engine of this fleet runs (the agent's probes are none)."""
-    return {
-        node
-        for pid, node in engine_processes(fleet.name).items()
-        if b"fake_" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    }
-
-
-class Asking(threading.Thread):
-    """Requests, one after the other, until told to stop; each must be answered."""
-
-    def __init__(self, document: dict) -> None:
-        super().__init__(daemon=True)
-        self._document = document
-        self._enough = threading.Event()
-        self.answered, self.failed, self.longest_s = 0, [], 0.0
-
-    def run(self) -> None:
-        while not self._enough.is_set():
-            began = time.monotonic()
-            try:
-                assert ask(self._document) == "x"
-                self.answered += 1
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is what is counted
-                self.failed.append(repr(error))
-            self.longest_s = max(self.longest_s, time.monotonic() - began)
-
-    def stop(self) -> None:
-        self._enough.set()
-        self.join(60)
+def fleet(request, on_whole_hosts):
+    return on_whole_hosts(request.param)
 
 
 @pytest.mark.parametrize(
