@@ -166,26 +166,16 @@ def sbatch_script(
         f"--signal=B:USR1@{SIGNAL_LEAD_S}",
         f"--output={_escaped_pattern(base)}/supervisor.log",
     ]
-    simple = ["partition", "account", "qos", "constraint", "reservation"]
-    # Slurm allocates all that is on this list: it is for whole replicas only.
-    simple += ["nodelist"] if size == spec.nodes and owner.startswith("r") else []
-    options += [f"--{key}={value}" for key in simple if (value := getattr(slurm, key))]
+    options += _options(slurm, "partition", "account", "qos", "constraint", "reservation")
+    if size == spec.nodes and owner.startswith("r"):
+        # Slurm allocates all that is on this list: it is for whole replicas only.
+        options += _options(slurm, "nodelist")
     barred = [*([slurm.exclude] if slurm.exclude else []), *exclude]
     options += [f"--exclude={','.join(barred)}"] if barred else []
-    if slurm.walltime:
-        options.append(f"--time={_slurm_time(slurm.walltime)}")
-    if slurm.gres:
-        options.append(f"--gres={slurm.gres}")
-    elif slurm.gpu_option == "gres":
-        options.append(f"--gres=gpu:{gpus_per_node}")
-    elif slurm.gpu_option == "gpus-per-node":
-        options.append(f"--gpus-per-node={gpus_per_node}")
-    if slurm.cpus_per_task:
-        options.append(f"--cpus-per-task={slurm.cpus_per_task}")
-    if slurm.mem:
-        options.append(f"--mem={slurm.mem}")
-    if slurm.exclusive:
-        options.append("--exclusive")
+    options += _options(slurm, "walltime")
+    options += _gpu_options(slurm, gpus_per_node)
+    options += _options(slurm, "cpus_per_task", "mem")
+    options += ["--exclusive"] if slurm.exclusive else []
     options += slurm.directives
     exports = {"LAUNCHER_PYTHON": python, "LAUNCHER_BASE": base}
     return _batch_script(f"allocation {name}", options, exports, "replica.sbatch")
@@ -207,17 +197,9 @@ def controller_script(
         f"--signal=B:USR1@{CONTROLLER_SIGNAL_LEAD_S}",
         f"--output={_escaped_pattern(str(log))}",
     ]
-    for key in ("partition", "account", "qos"):
-        if value := getattr(job, key) or getattr(near, key):
-            options.append(f"--{key}={value}")
-    if job.constraint:
-        options.append(f"--constraint={job.constraint}")
-    if job.walltime:
-        options.append(f"--time={_slurm_time(job.walltime)}")
-    if job.cpus_per_task:
-        options.append(f"--cpus-per-task={job.cpus_per_task}")
-    if job.mem:
-        options.append(f"--mem={job.mem}")
+    sites = ("partition", "account", "qos")
+    placed = job.model_copy(update={key: getattr(job, key) or getattr(near, key) for key in sites})
+    options += _options(placed, *sites, "constraint", "walltime", "cpus_per_task", "mem")
     options += job.directives
     exports = {
         "LAUNCHER_PYTHON": python,
@@ -229,6 +211,27 @@ def controller_script(
 
 def controller_job_name(fleet: str) -> str:
     return f"{fleet}.controller"
+
+
+def _options(block: SlurmBackend | ControllerJob, *keys: str) -> list[str]:
+    """What the block says of these keys, in sbatch's words."""
+    return [_option(key, value) for key in keys if (value := getattr(block, key))]
+
+
+def _option(key: str, value: str | int) -> str:
+    if key == "walltime":
+        return f"--time={_slurm_time(int(value))}"
+    return f"--{key.replace('_', '-')}={value}"
+
+
+def _gpu_options(slurm: SlurmBackend, gpus_per_node: int) -> list[str]:
+    if slurm.gres:
+        return [f"--gres={slurm.gres}"]
+    if slurm.gpu_option == "gres":
+        return [f"--gres=gpu:{gpus_per_node}"]
+    if slurm.gpu_option == "gpus-per-node":
+        return [f"--gpus-per-node={gpus_per_node}"]
+    return []
 
 
 def _batch_script(what: str, options: list[str], exports: dict[str, str], body: str) -> str:
