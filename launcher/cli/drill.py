@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from inventory import nodeset
-from launcher import fleets
+from launcher import fleets, freshness
 from launcher.cli import output
 from launcher.cli.progress import Progress
 from launcher.cli.steady import Requests, Steady
@@ -199,7 +199,7 @@ def _watch(
 def _serving(paths: FleetPaths) -> tuple[Wish, Status]:
     """A fleet that is well. Raises UsageError for any other: it has a fault already."""
     wish = read_wish(paths)
-    status = fleets.read_status(paths, wish.run) if wish else None
+    status = freshness.read_status(paths, wish.run) if wish else None
     if wish is None or status is None or not fleets.is_up(paths) or status.phase != "serving":
         phase = status.phase if status else "not there yet"
         raise UsageError(

@@ -4,7 +4,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from launcher import fleets
+from launcher import fleets, freshness
 from launcher.backends.base import Allocation, Backend
 from launcher.cli import output
 from launcher.context import make_allocation
@@ -49,7 +49,7 @@ def logs(
     backend = make_backend(spec, paths)
     try:
         sources = _sources(paths, record, backend, replica, node)
-        status = fleets.read_status(paths, wish.run)
+        status = freshness.read_status(paths, wish.run)
         sources = _first_failure_first(sources, status)
         if as_json:
             _as_json(backend, sources, lines, follow)

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from inventory import nodeset
-from launcher import controller_job, cordons, fleets
+from launcher import controller_job, cordons, fleets, freshness
 from launcher.apply import remember
 from launcher.cli import output, screens, top
 from launcher.context import Ground, make_ground
-from launcher.errors import UsageError
 from launcher.files import make_private, write_text
 from launcher.paths import FleetPaths
 from launcher.planning import make_plan, new_record
@@ -75,13 +74,7 @@ def render(file: Path | None, flags: dict[str, Any], *, out: Path | None, as_jso
 
 
 def status(paths: FleetPaths, *, as_json: bool) -> int:
-    current = fleets.current_status(paths)
-    if current is None:
-        raise UsageError(
-            f"{paths.root.name} has no status yet",
-            where=str(paths.status),
-            hint="Its controller is starting; try again in a moment.",
-        )
+    current = freshness.known_status(paths)
     if as_json:
         output.document(current.model_dump(mode="json"))
     else:
@@ -91,7 +84,7 @@ def status(paths: FleetPaths, *, as_json: bool) -> int:
 
 
 def ls(*, as_json: bool) -> int:
-    found = [status for paths in fleets.all_fleets() if (status := fleets.current_status(paths))]
+    found = [one for paths in fleets.all_fleets() if (one := freshness.current_status(paths))]
     if as_json:
         output.document({"version": 1, "fleets": [one.model_dump(mode="json") for one in found]})
     else:

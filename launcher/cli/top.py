@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
-from launcher import figures, fleets, journal
+from launcher import figures, freshness, journal
 from launcher.cli import gateway, output, screens
 from launcher.cli.events import story
 from launcher.cli.meters import Meters
-from launcher.errors import UsageError
 from launcher.figures import Load
 from launcher.gateway.documents import State
 from launcher.paths import FleetPaths
@@ -59,13 +58,7 @@ def load_of(paths: FleetPaths, status: Status) -> Load:
 
 
 def _look(paths: FleetPaths, meters: Meters) -> Look:
-    status = fleets.current_status(paths)
-    if status is None:
-        raise UsageError(
-            f"{paths.root.name} has no status yet",
-            where=str(paths.status),
-            hint="Its controller is starting; try again in a moment.",
-        )
+    status = freshness.known_status(paths)
     members = members_of(status)
     meters.ask({members[one.name]: one.endpoint for one in status.replicas if one.endpoint})
     state = gateway.fresh_state(paths)

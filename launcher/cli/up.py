@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher import driving, fleets
+from launcher import driving, fleets, freshness
 from launcher.cli import events, output, screens
 from launcher.cli.progress import Progress
 from launcher.context import make_ground
@@ -53,7 +53,7 @@ def down(paths: FleetPaths, *, as_json: bool) -> int:
     if wish is None:
         output.say(f"{paths.root.name} is down")
         if as_json:
-            status = fleets.read_status(paths)
+            status = freshness.read_status(paths)
             output.document(status.model_dump(mode="json") if status else {"version": 1})
         return 0
     deadline = time.monotonic() + DOWN_WITHIN_S
@@ -93,7 +93,7 @@ def _drive_here(begun: fleets.Begun, as_json: bool) -> int:
         target=events.go_on, args=(path, so_far), kwargs={"as_json": as_json}, daemon=True
     ).start()
     code = controller.drive(begun.paths)
-    status = fleets.read_status(begun.paths, begun.wish.run)
+    status = freshness.read_status(begun.paths, begun.wish.run)
     if status is None or not status.finished:
         name = begun.paths.root.name
         output.say(

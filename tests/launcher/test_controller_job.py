@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import controller_job, driving, fleets, succession
+from launcher import controller_job, driving, fleets, freshness, succession
 from launcher.controller_job import Heir
 from launcher.controller_supervisor import Supervisor
 from launcher.errors import BackendError, DeadlineError, SlurmError, SpecError
@@ -159,7 +159,7 @@ def test_nothing_is_submitted_while_slurm_does_not_answer(paths, slurm, started)
         driving.start(paths, wish_of(paths))
     slurm.away = False
     assert (slurm.jobs, started) == ({}, [])
-    assert fleets.read_status(paths) is None, "the run is not over: nothing is known"
+    assert freshness.read_status(paths) is None, "the run is not over: nothing is known"
 
 
 def test_a_job_whose_answer_was_lost_is_known_by_its_mark(paths, slurm):
@@ -199,7 +199,7 @@ def test_what_slurm_refuses_ends_a_run_that_has_not_begun(paths, slurm):
     slurm.refuses = "error: Invalid account or account/partition combination specified"
     with pytest.raises(SlurmError, match="Invalid account"):
         driving.start(paths, wish_of(paths))
-    status = fleets.read_status(paths)
+    status = freshness.read_status(paths)
     assert status is not None
     assert (status.finished, status.phase) == (True, "failed")
     assert not fleets.is_up(paths)
@@ -248,16 +248,16 @@ def test_what_could_never_start_is_refused_before_anything_begins(slurm, block, 
 
 def test_status_says_that_it_is_pending_and_why(paths, slurm):
     driving.start(paths, wish_of(paths))
-    status = fleets.current_status(paths)
+    status = freshness.current_status(paths)
     assert status is not None
     assert status.waiting_for == ["controller job 1 to start (PENDING: Resources)"]
     assert (status.phase, status.finished, status.exit_code) == ("starting", False, 1)
     slurm.play("1", "RUNNING", "h3")
-    status = fleets.current_status(paths)
+    status = freshness.current_status(paths)
     assert status is not None
     assert status.waiting_for == ["the controller in job 1 (h3)"]
     slurm.away = True
-    status = fleets.current_status(paths)
+    status = freshness.current_status(paths)
     assert status is not None
     assert "Slurm to say" in status.waiting_for[0]
 
@@ -274,13 +274,13 @@ def test_status_of_a_cancelled_job_says_so_and_that_its_gateway_is_gone(paths, s
     }
     told |= {"api_key_file": "k", "model": "m", "backend": "slurm", "replicas": []}
     write_document(paths.status, Status(**told, waiting_for=[], updated_at=time.time()))
-    status = fleets.current_status(paths)
+    status = freshness.current_status(paths)
     assert status is not None
     assert "job 1: CANCELLED" in status.controller
     assert status.phase == "degraded"
     assert any("launcher up" in one for one in status.waiting_for)
     driving.start(paths, wish_of(paths))
-    status = fleets.current_status(paths)
+    status = freshness.current_status(paths)
     assert status is not None
     assert status.waiting_for[0] == "controller job 2 to start (PENDING: Resources)"
     assert status.endpoint == "http://x/v1"
