@@ -3,14 +3,13 @@
 A fleet that goes down is always driven from here: nobody waits in a queue to end something.
 """
 
-import os
 import subprocess
 import sys
 import time
 
 from launcher import controller_job, succession
 from launcher.errors import DeadlineError, FleetError, SlurmError, StateError
-from launcher.files import read_document, write_document
+from launcher.files import open_log, read_document, write_document
 from launcher.paths import FleetPaths
 from launcher.slurm_tools import jobs
 from launcher.spec import FleetSpec
@@ -145,10 +144,7 @@ def _bare(
 
 def _start_in_background(paths: FleetPaths, run: int) -> None:
     """It outlives this process."""
-    log = os.open(
-        paths.run(run).controller_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-    )
-    try:
+    with open_log(paths.run(run).controller_log) as log:
         subprocess.Popen(
             [sys.executable, "-m", "launcher.controller", str(paths.root)],
             stdin=subprocess.DEVNULL,
@@ -157,5 +153,3 @@ def _start_in_background(paths: FleetPaths, run: int) -> None:
             start_new_session=True,
             cwd="/",
         )
-    finally:
-        os.close(log)

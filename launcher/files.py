@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,14 +82,21 @@ def parse_document(raw: bytes, kind: type[T], where: str) -> T:
 def append_line(path: Path, line: str) -> None:
     """Add one line to a log or journal; O_APPEND keeps lines whole on a local disk."""
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
+        with open_log(path) as handle:
             os.write(handle, (line + "\n").encode())
             os.fsync(handle)
-        finally:
-            os.close(handle)
     except OSError as error:
         raise StateError(f"cannot be written: {error.strerror}", where=str(path)) from error
+
+
+@contextlib.contextmanager
+def open_log(path: Path) -> Iterator[int]:
+    """A log that several processes append to, as a handle for a child. Raises OSError."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def read_tail(path: Path, limit_bytes: int = 16_384) -> str:

@@ -11,10 +11,12 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
+
+from launcher.files import open_log
 
 MARK_VARIABLE = "LAUNCHER_MARK"
 SCRATCH_MARK = ".mark"
@@ -51,7 +53,7 @@ class Reaper:
         self, arguments: list[str], environment: dict[str, str], log: Path, folder: Path
     ) -> subprocess.Popen[bytes]:
         """Start a child in a session of its own, its output appended to `log` (mode 0600)."""
-        with _appending(log) as output:
+        with open_log(log) as output:
             streams = (subprocess.DEVNULL, output, output)
             return self._spawn(arguments, environment, streams, folder)
 
@@ -100,7 +102,7 @@ class Reaper:
     ) -> subprocess.Popen[bytes]:
         """Start a child as `start` does, that hears us on its input and answers on its output,
         and is spared when an engine ends. Its answers are read without waiting."""
-        with _appending(log) as errors:
+        with open_log(log) as errors:
             streams = (subprocess.PIPE, subprocess.PIPE, errors)
             child = self._spawn(arguments, environment, streams, folder)
         self.reserved.add(child.pid)
@@ -167,15 +169,6 @@ class Reaper:
 
     def forget(self, pid: int) -> None:
         self._own.pop(pid, None)
-
-
-@contextlib.contextmanager
-def _appending(log: Path) -> Iterator[int]:
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
 
 
 def scratch_root() -> Path:

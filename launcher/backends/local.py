@@ -20,7 +20,7 @@ from launcher.backends import asking
 from launcher.backends.base import Allocation, Answer, Question, Seen
 from launcher.backends.shared_files import SharedFiles
 from launcher.errors import CapacityError
-from launcher.files import make_private
+from launcher.files import make_private, open_log
 from launcher.snapshot import AllocationView
 from launcher.spec import FleetSpec
 
@@ -129,8 +129,7 @@ def _agent_command(allocation: Allocation, node: str) -> list[str]:
 
 def _start_agent(allocation: Allocation, node: str) -> None:
     root = make_private(allocation.base.node(node).root)
-    log = os.open(root / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
+    with open_log(root / "agent.log") as log:
         subprocess.Popen(
             _agent_command(allocation, node),
             stdin=subprocess.DEVNULL,
@@ -140,8 +139,6 @@ def _start_agent(allocation: Allocation, node: str) -> None:
             env={**os.environ, MARK_VARIABLE: f"{allocation.config.mark}/agent"},
             cwd="/",
         )
-    finally:
-        os.close(log)
 
 
 def _living_agent(allocation: Allocation, node: str) -> int | None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from launcher.errors import BackendError, StateError
-from launcher.files import make_private, read_document, write_document
+from launcher.files import make_private, open_log, read_document, write_document
 from launcher.gateway.documents import (
     Keys,
     Member,
@@ -27,7 +27,7 @@ from launcher.gateway.documents import (
 )
 from launcher.gateway.members import with_slots
 from launcher.gateway.places import GatewayPaths
-from launcher.gateway.processes import is_alive, open_log, tell
+from launcher.gateway.processes import is_alive, tell
 
 STARTS_WITHIN_S = 20.0
 FRESH_S = 5.0

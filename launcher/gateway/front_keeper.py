@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 from launcher.errors import FleetError, StateError
-from launcher.files import read_document, write_text
+from launcher.files import open_log, read_document, write_text
 from launcher.gateway import haproxy, keyring
 from launcher.gateway.documents import Keys, Process, Settings
 from launcher.gateway.front import FrontPlaces, render
 from launcher.gateway.places import GatewayPaths, RunFolder
-from launcher.gateway.processes import identity, is_alive, open_log
+from launcher.gateway.processes import identity, is_alive
 
 Stamp = tuple[int, int, int] | None
 # One thread moves 30,000 chunks a second; a second one costs a third more for each request.

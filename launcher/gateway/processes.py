@@ -5,7 +5,6 @@ import functools
 import os
 import resource
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.gateway.documents import Process
@@ -53,16 +52,6 @@ def tell(process: Process | None, number: signal.Signals) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def open_log(path: Path) -> Iterator[int]:
-    """A log that several processes append to, as a handle for a child."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
 
 
 def raise_descriptor_limit() -> None:

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 
 from launcher.errors import StateError
+from launcher.files import open_log
 from launcher.gateway.counters import ROWS, Counters
 from launcher.gateway.documents import TierProcess, TierState
 from launcher.gateway.places import GatewayPaths, RunFolder
-from launcher.gateway.processes import identity, is_alive, open_log, tell
+from launcher.gateway.processes import identity, is_alive, tell
 
 ASK_TIMEOUT_S = 2.0
 HUNG_AFTER_S = 10.0
