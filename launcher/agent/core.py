@@ -1,20 +1,17 @@
 """The agent's loop: read assignment.json, make the node so, write report.json. I/O."""
 
-import contextlib
-import fcntl
 import os
 import signal
 import socket
 import time
 from pathlib import Path
 
-import psutil
-
 from health.probes.host import boot_id
 from launcher import __version__
 from launcher.agent import drills, processes
 from launcher.agent.checks import Watch
 from launcher.agent.engine import Engine
+from launcher.agent.footing import own_addresses, read_secrets, take_lock
 from launcher.agent.heart import Heart, Loss
 from launcher.agent.parking import Parking
 from launcher.agent.surroundings import Surroundings, clean_environment
@@ -23,7 +20,6 @@ from launcher.documents import (
     Assignment,
     Evidence,
     MemberReport,
-    NetAddress,
     NodePhase,
     Report,
 )
@@ -35,7 +31,6 @@ TURN_S = 0.2
 WAITING_TURN_S = 0.05  # while an order is awaited, every wait of ours delays the engine
 BEAT_S = 5.0
 ASSIGNMENT_POLL_S = 0.5
-LOCK_WITHIN_S = 2.0
 LOOK_WITHIN_S = 1.0
 ORPHAN_GRACE_S = 5
 
@@ -53,14 +48,14 @@ class Agent:
         self.paths = base.node(node)
         make_private(self.paths.root)
         make_private(self.paths.logs)
-        self._lock = _only_one(self.paths.root / "agent.lock")
-        self.secrets = _read_secrets(base.secrets)
+        self._lock = take_lock(self.paths.root / "agent.lock")
+        self.secrets = read_secrets(base.secrets)
         self.mark = f"{config.mark}/{node}"
         self.reaper = processes.Reaper()
         self.parking = Parking(self.reaper, self._surroundings)
         address = config.addresses.get(node, "0.0.0.0")
         self.heart = Heart(self.secrets["agent_token"].encode(), address, self._on_loss)
-        self.addresses = _own_addresses(config.addresses.get(node))
+        self.addresses = own_addresses(config.addresses.get(node))
         self.assignment: Assignment | None = None
         self.engine: Engine | None = None
         self.lost_peer: Loss | None = None
@@ -269,7 +264,6 @@ class Agent:
             return  # a full disk: the last report stays, the next round tries again
         self._reported, self._reported_at = report, now
         self.heart.report_revision = report.revision
-        self._reported = report
 
     def _member_report(self) -> MemberReport | None:
         if self.engine is None:
@@ -339,57 +333,3 @@ class Agent:
     def _on_signal(self, number: int, frame: object) -> None:
         self._ordered_to_end = True
         self.heart.woken.set()
-
-
-def _only_one(lock: Path) -> int:
-    """Hold the node's lock for our life, so that a repeated start is harmless."""
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + LOCK_WITHIN_S
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:  # a reader that looks whether we live holds it for an instant
-            if time.monotonic() > deadline:
-                message = "another agent of this node is running"
-                raise StateError(message, where=str(lock)) from error
-            time.sleep(0.05)
-    os.ftruncate(handle, 0)
-    os.write(handle, f"{os.getpid()}\n".encode("ascii"))
-    return handle
-
-
-def _read_secrets(folder: Path) -> dict[str, str]:
-    secrets = {}
-    with contextlib.suppress(FileNotFoundError):
-        for file in folder.iterdir():
-            if file.is_file() and not file.name.startswith("."):
-                secrets[file.name] = file.read_text(encoding="utf-8").strip()
-    if "agent_token" not in secrets:
-        raise StateError("holds no agent_token", where=str(folder))
-    return secrets
-
-
-def _own_addresses(forced: str | None) -> tuple[NetAddress, ...]:
-    """Every IPv4 address of this node, loopback left out unless it was given to us."""
-    if forced:
-        return (NetAddress(interface=_interface_of(forced), ip=forced, prefix=8),)
-    found = []
-    stats = psutil.net_if_stats()
-    for interface, addresses in sorted(psutil.net_if_addrs().items()):
-        if interface == "lo" or not (interface in stats and stats[interface].isup):
-            continue
-        for address in addresses:
-            if address.family == socket.AF_INET and address.netmask:
-                bits = sum(int(part).bit_count() for part in address.netmask.split("."))
-                found.append(NetAddress(interface=interface, ip=address.address, prefix=bits))
-    return tuple(found)
-
-
-def _interface_of(ip: str) -> str:
-    if ip.startswith("127."):
-        return "lo"
-    for interface, addresses in psutil.net_if_addrs().items():
-        if any(address.address == ip for address in addresses):
-            return interface
-    return "lo"
