@@ -1,5 +1,6 @@
 """Processes that outlive whoever started them: known by pid and start, never by name. I/O."""
 
+import asyncio
 import contextlib
 import functools
 import os
@@ -52,6 +53,31 @@ def tell(process: Process | None, number: signal.Signals) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+class DeathWatch:
+    """Sets an event when a process ends, also one that somebody else started."""
+
+    def __init__(self, woken: asyncio.Event) -> None:
+        self._woken = woken
+        self._handles: dict[int, int] = {}
+
+    def watch(self, pids: set[int]) -> None:
+        """These from now on, and no others."""
+        loop = asyncio.get_running_loop()
+        for pid in self._handles.keys() - pids:
+            handle = self._handles.pop(pid)
+            loop.remove_reader(handle)
+            os.close(handle)
+        for pid in pids - self._handles.keys():
+            with contextlib.suppress(OSError):
+                handle = os.pidfd_open(pid)
+                self._handles[pid] = handle
+                loop.add_reader(handle, self._note, pid)
+
+    def _note(self, pid: int) -> None:
+        asyncio.get_running_loop().remove_reader(self._handles[pid])  # it stays readable
+        self._woken.set()
 
 
 def raise_descriptor_limit() -> None:

@@ -17,17 +17,21 @@ import sys
 import time
 from pathlib import Path
 
-from aiohttp import web
-
-from launcher.errors import BackendError, FleetError, StateError
+from launcher.errors import FleetError, StateError
 from launcher.files import make_private, read_document, write_document
-from launcher.gateway import haproxy, metrics
 from launcher.gateway.documents import Orders, Owner, Settings, State
 from launcher.gateway.front_keeper import FrontKeeper
 from launcher.gateway.keeper import LOOK_EVERY_S, Keeper
+from launcher.gateway.metrics_page import MetricsPage
 from launcher.gateway.owner import PortLock, SupervisedError, check_port_is_free
 from launcher.gateway.places import LOG_MAX_BYTES, GatewayPaths, RunFolder
-from launcher.gateway.processes import identity, is_alive, raise_descriptor_limit, tell
+from launcher.gateway.processes import (
+    DeathWatch,
+    identity,
+    is_alive,
+    raise_descriptor_limit,
+    tell,
+)
 from launcher.gateway.tier_keeper import TierKeeper
 from launcher.paths import FleetPaths
 from launcher.slurm_tools.jobs import own_place
@@ -54,13 +58,13 @@ class Supervisor:
         self._failed_at = 0.0
         self._restarts = 0
         self._problem = ""
-        self._metrics_port: int | None = None
+        self._page = MetricsPage(self._state, self._run.front_socket)
         self._owner: Owner | None = None
         self._place = own_place()
         self._replaced = False
         self._orders = Orders()
-        self._death_watches: dict[int, int] = {}
         self._woken = asyncio.Event()
+        self._deaths = DeathWatch(self._woken)
         self._is_ending = False
         self._renewing = False
 
@@ -91,7 +95,9 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._renew)
         loop.add_signal_handler(signal.SIGUSR1, self._woken.set)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        await self._serve_metrics(owner.metrics_port if owner else None)
+        before = owner.metrics_port if owner else None
+        await self._page.open(before or min(self._settings.port + METRICS_OFFSET, 65535))
+        self._write_owner()
         keeping = asyncio.create_task(self._keep_controller())
         while not self._is_ending:
             await self._turn()
@@ -119,22 +125,8 @@ class Supervisor:
         return BUSY_TURN_S if is_busy else CALM_TURN_S
 
     def _watch_for_deaths(self) -> None:
-        """Be woken when a process of ours ends, also one that an earlier supervisor started."""
-        loop = asyncio.get_running_loop()
-        wanted = {p.pid for p in (self._front.process, *self._tier.everyone) if p is not None}
-        for pid in self._death_watches.keys() - wanted:
-            handle = self._death_watches.pop(pid)
-            loop.remove_reader(handle)
-            os.close(handle)
-        for pid in wanted - self._death_watches.keys():
-            with contextlib.suppress(OSError):
-                handle = os.pidfd_open(pid)
-                self._death_watches[pid] = handle
-                loop.add_reader(handle, self._note_death, pid)
-
-    def _note_death(self, pid: int) -> None:
-        asyncio.get_running_loop().remove_reader(self._death_watches[pid])  # it stays readable
-        self._woken.set()
+        ours = (self._front.process, *self._tier.everyone)
+        self._deaths.watch({one.pid for one in ours if one is not None})
 
     async def _turn(self) -> None:
         problem = ""
@@ -258,7 +250,7 @@ class Supervisor:
             front="up" if self._front.is_up else "down",
             processes=[self._tier.states[pid] for pid in living if pid in self._tier.states],
             orders=self._orders,
-            metrics_port=self._metrics_port,
+            metrics_port=self._page.port,
             problem=self._problem,
             restarts=self._restarts,
             at=time.time(),
@@ -283,7 +275,7 @@ class Supervisor:
             supervisor=identity(os.getpid()),
             front=self._front.process,
             tier=tuple(self._tier.everyone),
-            metrics_port=self._metrics_port,
+            metrics_port=self._page.port,
             job=self._place.job if self._place else "",
             node=self._place.node if self._place else "",
         )
@@ -293,28 +285,6 @@ class Supervisor:
         with contextlib.suppress(StateError):
             write_document(self._paths.owner, owner)
             self._owner = owner
-
-    async def _serve_metrics(self, before: int | None) -> None:
-        app = web.Application()
-        app.router.add_get("/metrics", self._tell_metrics)
-        self._metrics = web.AppRunner(app, access_log=None)
-        await self._metrics.setup()
-        for port in (before or min(self._settings.port + METRICS_OFFSET, 65535), 0):
-            try:
-                await web.TCPSite(self._metrics, "127.0.0.1", port).start()
-            except OSError:
-                continue
-            self._metrics_port = self._metrics.addresses[0][1]
-            break
-        self._write_owner()
-
-    async def _tell_metrics(self, request: web.Request) -> web.Response:
-        try:
-            front = haproxy.statistics(self._run.front_socket)
-        except BackendError:
-            front = {}
-        text = metrics.exposition(self._state(), front)
-        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
     def _rotate_logs(self) -> None:
         for path in (self._paths.log, self._paths.front_log):
@@ -345,7 +315,7 @@ class Supervisor:
             limit = time.monotonic() + wait_s
             while time.monotonic() < limit and any(is_alive(one) for one in living):
                 await asyncio.sleep(0.02)
-        await self._metrics.cleanup()
+        await self._page.close()
         for leftover in self._run.root.iterdir():
             leftover.unlink(missing_ok=True)
         self._run.root.rmdir()
