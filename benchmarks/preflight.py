@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launcher.agent.checks import PASSIVE_EVERY_S
-from launcher.backends.ssh import INSTALL_FOLDER
+from launcher.backends.ssh_lines import INSTALL_FOLDER
 from tests.cluster import bed, hardware
 
 FAN_OUT = 32

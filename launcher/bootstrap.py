@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from launcher import __version__, quoting
-from launcher.backends.ssh import INSTALL_FOLDER
+from launcher.backends.ssh_lines import INSTALL_FOLDER
 from launcher.errors import BackendError, RemoteError
 from launcher.files import make_private
 from launcher.paths import state_root

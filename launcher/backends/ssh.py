@@ -7,9 +7,8 @@ from pathlib import Path
 from inventory import nodeset
 from inventory.load import load
 from inventory.model import Inventory, Pool
-from launcher import __version__, cordons, quoting
-from launcher.agent.processes import MARK_VARIABLE
-from launcher.backends import asking
+from launcher import __version__, cordons
+from launcher.backends import ssh_lines
 from launcher.backends.base import LOG_READ_MAX_BYTES, Allocation, Answer, Question, Seen
 from launcher.documents import Assignment, Report
 from launcher.errors import CapacityError, RemoteError, SpecError
@@ -24,8 +23,6 @@ ASSIGN_DEADLINE_S = 6.0
 START_DEADLINE_S = 60.0
 RETRY_AFTER_S = 3.0
 LOG_KEPT_BYTES = 4 * 1024 * 1024
-# Below the host's home: one venv for each version, so that fleets of two versions can coexist.
-INSTALL_FOLDER = f".local/share/launcher/{__version__}"
 
 
 class SshHosts:
@@ -100,7 +97,7 @@ class SshHosts:
         return self._fleet
 
     def commands(self, allocation: Allocation) -> dict[str, str]:
-        lines = [f"# on {node}:\n{_start_line(allocation, node)}" for node in allocation.nodes]
+        lines = [f"# on {node}:\n{ssh_lines.start(allocation, node)}" for node in allocation.nodes]
         return {"agents.sh": "#!/bin/bash\n" + "\n".join(lines) + "\n"}
 
     def allocate(self, allocation: Allocation) -> None:
@@ -114,7 +111,7 @@ class SshHosts:
                 host.write(f"{base}/secrets/{secret}", value.encode())
             host.write(f"{base}/agent.json", allocation.config.model_dump_json().encode())
             host.write(f"{base}/nodes/{name}/started", b"")
-            answer = host.run(_start_line(allocation, name))
+            answer = host.run(ssh_lines.start(allocation, name))
             if answer.code != 0:
                 said = answer.errors.strip()[-300:] or f"exit code {answer.code}"
                 raise RemoteError("failed", f"the agent did not start: {said}", where=name)
@@ -169,7 +166,7 @@ class SshHosts:
         def clean(host: Host) -> None:
             name = host.node.name
             self._keep_logs(allocation, host)
-            self._sweep(allocation, host, self._base(allocation, name))
+            host.run(ssh_lines.sweep(allocation, self._base(allocation, name)))
 
         chosen = allocation.nodes if nodes is None else nodes
         answers = self.fleet().each(chosen, clean, START_DEADLINE_S)
@@ -218,20 +215,13 @@ class SshHosts:
     def _ask_line(self, host: Host, question: Question) -> str:
         """The command line for one question, its files sent first. A question without files costs
         one command and no SFTP: over many hosts that is half of the time."""
-        feed = quoting.line(["printf", "%s", question.input])
         if not question.files:
-            return f"cd && {feed} | {quoting.line(asking.command(question, _python()))}"
+            return ssh_lines.ask(question)
         name = host.node.name
-        install = f"{self._home(name)}/{INSTALL_FOLDER}"
-        folder = f"{install}/ask-{name}"
+        folder = f"{self._home(name)}/{ssh_lines.INSTALL_FOLDER}/ask-{name}"
         for file, text in question.files.items():
             host.write(f"{folder}/{file}", text.encode(), mode=0o700)
-        variables = asking.environment(question, folder, name)
-        words = asking.command(question, f"{install}/venv/bin/python")
-        run = quoting.line(
-            ["env", *(f"{key}={value}" for key, value in variables.items()), *words]
-        )
-        return f"cd {quoting.word(folder)} && {feed} | {run}"
+        return ssh_lines.ask_in(folder, question, self._home(name), name)
 
     def close(self) -> None:
         if self._fleet is not None:
@@ -239,7 +229,7 @@ class SshHosts:
             self._fleet = None
 
     def _base(self, allocation: Allocation, node: str) -> str:
-        return posixpath.join(self._home(node), _relative_base(allocation, node))
+        return posixpath.join(self._home(node), ssh_lines.base(allocation, node))
 
     def _home(self, node: str) -> str:
         home = self._homes.get(node)
@@ -253,11 +243,7 @@ class SshHosts:
         token = host.read(f"{base}/secrets/agent_token")
         ours = allocation.secrets.get("agent_token", "")
         if token is not None and token.decode("utf-8", "replace").strip() != ours:
-            self._sweep(allocation, host, base)
-
-    def _sweep(self, allocation: Allocation, host: Host, base: str) -> None:
-        sweep = [_python(), "-m", "launcher.agent", "--sweep", allocation.config.mark]
-        host.run(f"{_line(sweep)}; rm -rf -- {quoting.word(base)}")
+            host.run(ssh_lines.sweep(allocation, base))
 
     def _keep_logs(self, allocation: Allocation, host: Host) -> None:
         """Fetch the end of every log, the evidence and the last report: the host keeps nothing."""
@@ -277,33 +263,5 @@ class SshHosts:
 
 def installed_version(host: Host) -> str | None:
     """The version of launcher in our venv on this host; None where there is none."""
-    answer = host.run(_line([_python(), "-m", "launcher.agent", "--version"]))
+    answer = host.run(ssh_lines.VERSION)
     return answer.output.strip() or None if answer.code == 0 else None
-
-
-def _python() -> str:
-    return f"{INSTALL_FOLDER}/venv/bin/python"
-
-
-def _line(arguments: list[str]) -> str:
-    """From the home folder, where a non-interactive SSH session begins."""
-    return f"cd && {quoting.line(arguments)}"
-
-
-def _relative_base(allocation: Allocation, node: str) -> str:
-    """Below the host's home, with the node's name, for homes may be shared between hosts; and with
-    the mark, for a fleet of the same name may have another state folder."""
-    mark = allocation.config.mark[:6]
-    own = f"{allocation.run}.{allocation.owner}.a{allocation.number}.{mark}"
-    return f".local/state/launcher/{allocation.fleet}/on-{node}/{own}"
-
-
-def _start_line(allocation: Allocation, node: str) -> str:
-    """Start the agent in a session of its own, with the login environment of its user."""
-    base = _relative_base(allocation, node)
-    log = f"{base}/nodes/{node}/agent.log"
-    agent = [_python(), "-m", "launcher.agent", "--base", base, "--node", node]
-    marked = ["env", f"{MARK_VARIABLE}={allocation.config.mark}/agent", *agent]
-    start = f"exec setsid {quoting.line(marked)} </dev/null >>{quoting.word(log)} 2>&1"
-    inner = f"cd && umask 077 && {start}"
-    return f"nohup bash -lc {quoting.word(inner)} </dev/null >/dev/null 2>&1 &"
