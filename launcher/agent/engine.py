@@ -17,7 +17,7 @@ from pathlib import Path
 
 from health.probes.host import busy_ports
 from health.report import NodeFacts
-from launcher.agent import bundle, lastwords, processes
+from launcher.agent import bundle, lastwords, processes, segments
 from launcher.agent.bundle import Bundle
 from launcher.agent.canary import StallWatch
 from launcher.agent.parking import Adopted, Parking
@@ -339,7 +339,7 @@ class Engine:
     def _note_segments(self) -> None:
         """What it has mapped: that is left behind by whoever is killed."""
         below = [p for p in self.reaper.descendants() if p.pid not in self._suspects.hanging]
-        self._segments |= processes.segments_of(below)
+        self._segments |= segments.mapped_by(below)
 
     def _go_on_stopping(self, now: float) -> None:
         """The last started command first: an API server ends its requests while Ray lives."""
@@ -376,7 +376,7 @@ class Engine:
         for process in self._processes:
             self.reaper.forget(process.child.pid)
         self.reaper.collect_adopted()
-        processes.remove_segments(self._segments)
+        segments.remove(self._segments)
         shutil.rmtree(self.scratch, ignore_errors=True)
         if self._guard:
             self._guard.close()

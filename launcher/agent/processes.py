@@ -231,52 +231,6 @@ def kill_all(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def segments_of(processes: list[psutil.Process]) -> set[int]:
-    """Inodes in /dev/shm that these processes have mapped: theirs to leave behind when killed.
-
-    By inode, for a named semaphore is mapped under the name that it had before it was linked.
-    """
-    found = set()
-    for process in processes:
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{process.pid}/maps", encoding="utf-8", errors="replace") as maps:
-                for row in maps:  # thousands for an engine: look before splitting
-                    if " /dev/shm/" in row:
-                        found.add(int(row.split(maxsplit=5)[4]))
-    return found
-
-
-def remove_segments(inodes: set[int]) -> list[str]:
-    """Remove those of the segments that are ours and that nobody maps any more."""
-    owned = {path: inode for path in _segments() if (inode := _own_inode(path)) in inodes}
-    if not owned:
-        return []
-    alive = [p for p in psutil.process_iter() if _status(p) != psutil.STATUS_ZOMBIE]
-    still_mapped = segments_of(alive)
-    removed = []
-    for path, inode in owned.items():
-        if inode not in still_mapped:
-            with contextlib.suppress(OSError):
-                path.unlink()
-                removed.append(path.name)
-    return removed
-
-
-def _segments() -> list[Path]:
-    try:
-        return list(Path("/dev/shm").iterdir())
-    except OSError:
-        return []
-
-
-def _own_inode(path: Path) -> int | None:
-    try:
-        found = path.lstat()
-    except OSError:
-        return None
-    return found.st_ino if found.st_uid == os.getuid() else None
-
-
 def _status(process: psutil.Process) -> str | None:
     try:
         return str(process.status())

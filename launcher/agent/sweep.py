@@ -2,20 +2,12 @@
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import psutil
 
-from launcher.agent.processes import (
-    MARK_VARIABLE,
-    SCRATCH_MARK,
-    is_below,
-    kill_all,
-    remove_segments,
-    scratch_root,
-    segments_of,
-)
+from launcher.agent import segments
+from launcher.agent.processes import SCRATCH_MARK, is_below, kill_all, marked, scratch_root
 
 GONE_WITHIN_S = 5.0
 
@@ -25,23 +17,11 @@ def sweep(mark: str) -> int:
 
     Shared-memory segments that they had mapped and the scratch folders they ran in go, too.
     """
-    found = []
-    for process in psutil.process_iter():
-        if process.pid == os.getpid():
-            continue
-        try:
-            if process.uids().real != os.getuid():
-                continue
-            environment = process.environ()
-        except (psutil.Error, OSError):
-            continue
-        if is_below(environment.get(MARK_VARIABLE, ""), mark):
-            found.append(process)
-    segments = segments_of(found)
+    found = marked(mark, below=True)
+    left = segments.mapped_by(found)
     kill_all(found)
-    deadline = time.monotonic() + GONE_WITHIN_S
-    psutil.wait_procs(found, timeout=max(0.0, deadline - time.monotonic()))
-    remove_segments(segments)
+    psutil.wait_procs(found, timeout=GONE_WITHIN_S)
+    segments.remove(left)
     for folder in scratch_root().glob(f"fl-{os.getuid()}-*"):
         if is_below(_mark_of(folder), mark):
             shutil.rmtree(folder, ignore_errors=True)
