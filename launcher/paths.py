@@ -15,7 +15,7 @@ $LAUNCHER_STATE_DIR (~/.local/state/launcher)
         └── r1.a1/             one allocation: what its agents see (their base folder)
             ├── agent.json     for every agent
             ├── secrets/       what agents and engine need
-            └── nodes/NODE/    assignment.json  report.json  logs/  evidence/
+            └── nodes/NODE/    assignment.json  report.json  segments.json  logs/  evidence/
 """
 
 import os
@@ -46,6 +46,11 @@ class NodePaths:
     @property
     def report(self) -> Path:
         return self.root / "report.json"
+
+    @property
+    def segments(self) -> Path:
+        """What the engine has mapped in shared memory (launcher/agent/segments.py)."""
+        return self.root / "segments.json"
 
     @property
     def logs(self) -> Path:

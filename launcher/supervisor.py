@@ -49,7 +49,7 @@ class Supervisor:
         write_document(self.base.root / "exit.json", record)
         config = read_document(self.base.config, AgentConfig)
         if config:
-            sweep(config.mark)
+            sweep(config.mark, map(self.base.node, self.nodes))
         return 0
 
     def _start(self, node: str) -> subprocess.Popen[bytes]:

@@ -22,7 +22,8 @@ def main() -> int:
         print(__version__)
         return 0
     if arguments.sweep:
-        print(sweep(arguments.sweep))
+        nodes = [BasePaths(arguments.base).node(arguments.node)] if arguments.node else []
+        print(sweep(arguments.sweep, nodes))
         return 0
     try:
         Agent(BasePaths(arguments.base.absolute()), arguments.node).run()

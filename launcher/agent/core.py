@@ -15,6 +15,7 @@ from launcher.agent.footing import own_addresses, read_secrets, take_lock
 from launcher.agent.heart import Heart, Loss
 from launcher.agent.parking import Parking
 from launcher.agent.surroundings import Surroundings, clean_environment
+from launcher.agent.sweep import sweep
 from launcher.documents import (
     AgentConfig,
     Assignment,
@@ -71,8 +72,7 @@ class Agent:
 
     def run(self) -> None:
         processes.become_subreaper()
-        earlier = processes.marked(self.mark, below=True)  # what an agent before us left
-        processes.kill_all(earlier)
+        sweep(self.mark, [self.paths])  # what an agent before us left
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self.heart.start()

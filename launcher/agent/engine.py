@@ -17,18 +17,20 @@ from pathlib import Path
 
 from health.probes.host import busy_ports
 from health.report import NodeFacts
-from launcher.agent import bundle, lastwords, processes, segments
+from launcher.agent import bundle, lastwords, processes
 from launcher.agent.bundle import Bundle
 from launcher.agent.canary import StallWatch
 from launcher.agent.parking import Adopted, Parking
 from launcher.agent.probe import Api, TokenProbe
 from launcher.agent.processes import SCRATCH_MARK, Reaper
 from launcher.agent.rehearsing import Rehearsing
+from launcher.agent.segments import Segments
 from launcher.agent.surroundings import Surroundings, own_ports, scratch_folder
 from launcher.agent.suspects import Suspects
 from launcher.agent.waiting import Start
 from launcher.documents import Command, Evidence, Member
 from launcher.files import make_private, read_tail, write_text
+from launcher.paths import NodePaths
 from launcher.ports import to_check
 
 FENCE_GRACE_S = 5.0
@@ -64,7 +66,6 @@ class Engine:
     _started_at: float = 0.0
     _stop_at: float | None = None
     _stop_grace_s: float = 0.0
-    _segments: set[int] = field(default_factory=set)
     _scanned_at: float = 0.0
     _guard: socket.socket | None = None
     _rehearsal: Rehearsing | None = None
@@ -80,6 +81,7 @@ class Engine:
         self.scratch = claimed or scratch_folder(
             self.around.mark, f"{self.member.scope}/{self.member.rank}"
         )
+        self._segments = Segments(NodePaths(self.around.logs.parent).segments)
 
     def start(self) -> None:
         """Prove the ports free, hold the guard port, start every command that waits for none."""
@@ -339,7 +341,7 @@ class Engine:
     def _note_segments(self) -> None:
         """What it has mapped: that is left behind by whoever is killed."""
         below = [p for p in self.reaper.descendants() if p.pid not in self._suspects.hanging]
-        self._segments |= segments.mapped_by(below)
+        self._segments.look(below)
 
     def _go_on_stopping(self, now: float) -> None:
         """The last started command first: an API server ends its requests while Ray lives."""
@@ -376,7 +378,7 @@ class Engine:
         for process in self._processes:
             self.reaper.forget(process.child.pid)
         self.reaper.collect_adopted()
-        segments.remove(self._segments)
+        self._segments.remove()
         shutil.rmtree(self.scratch, ignore_errors=True)
         if self._guard:
             self._guard.close()

@@ -97,10 +97,10 @@ class LocalBackend(SharedFiles):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(stubborn, signal.SIGKILL)
         if nodes is None:
-            sweep(allocation.config.mark)
+            sweep(allocation.config.mark, map(allocation.base.node, allocation.nodes))
             self.forget_secrets(allocation)
         for node in nodes or ():
-            sweep(f"{allocation.config.mark}/{node}")
+            sweep(f"{allocation.config.mark}/{node}", [allocation.base.node(node)])
 
     def ask(self, questions: dict[str, Question], deadline_s: float) -> dict[str, Answer]:
         with ThreadPoolExecutor(len(questions) or 1) as pool:

@@ -166,7 +166,7 @@ class SshHosts:
         def clean(host: Host) -> None:
             name = host.node.name
             self._keep_logs(allocation, host)
-            host.run(ssh_lines.sweep(allocation, self._base(allocation, name)))
+            host.run(ssh_lines.sweep(allocation, name, self._base(allocation, name)))
 
         chosen = allocation.nodes if nodes is None else nodes
         answers = self.fleet().each(chosen, clean, START_DEADLINE_S)
@@ -243,7 +243,7 @@ class SshHosts:
         token = host.read(f"{base}/secrets/agent_token")
         ours = allocation.secrets.get("agent_token", "")
         if token is not None and token.decode("utf-8", "replace").strip() != ours:
-            host.run(ssh_lines.sweep(allocation, base))
+            host.run(ssh_lines.sweep(allocation, host.node.name, base))
 
     def _keep_logs(self, allocation: Allocation, host: Host) -> None:
         """Fetch the end of every log, the evidence and the last report: the host keeps nothing."""

@@ -37,9 +37,10 @@ def start(allocation: Allocation, node: str) -> str:
     return f"nohup bash -lc {quoting.word(inner)} </dev/null >/dev/null 2>&1 &"
 
 
-def sweep(allocation: Allocation, folder: str) -> str:
+def sweep(allocation: Allocation, node: str, folder: str) -> str:
     """End and remove what an allocation left on a host, its folder included."""
     words = [_PYTHON, "-m", "launcher.agent", "--sweep", allocation.config.mark]
+    words += ["--base", folder, "--node", node]
     return f"{_from_home(words)}; rm -rf -- {quoting.word(folder)}"
 
 

@@ -169,12 +169,15 @@ def test_a_killed_controller_is_replaced_and_adopts_what_runs(fleet):
     assert (code, document["controller"], document["run"]) == (0, "running", 1)
 
 
+def agent_of(fleet, node: str) -> psutil.Process:
+    return next(
+        p for p in fleet.processes() if words_of(p)[-1] == node and "agent" in str(words_of(p))
+    )
+
+
 def test_an_agent_killed_takes_its_engine_and_the_other_node_with_it(fleet):
     fleet.up()
-    n2 = next(
-        p for p in fleet.processes() if words_of(p)[-1] == "n2" and "agent" in str(words_of(p))
-    )
-    n2.send_signal(signal.SIGKILL)
+    agent_of(fleet, "n2").send_signal(signal.SIGKILL)
     assert eventually(lambda: fleet.engines() == [], 15.0), "fenced within 15 s"
     assert eventually(lambda: fleet.status()[1]["finished"], 30.0)
     code, document = fleet.status()
@@ -182,6 +185,38 @@ def test_an_agent_killed_takes_its_engine_and_the_other_node_with_it(fleet):
     assert document["error"]["where"] == "node n2"
     phases = {n["node"]: n["phase"] for n in document["replicas"][0]["nodes"]}
     assert phases["n2"] == "lost"
+
+
+@pytest.mark.parametrize("comes", ["down", "an agent"])
+def test_what_an_engine_shared_when_it_was_killed_with_its_agent_is_removed(fleet, comes):
+    fleet.spec["env"] = {"FAKE_ENGINE_SHARES": fleet.name}
+    fleet.up()
+
+    def shared(rank="") -> set[str]:
+        return {file.name for file in Path("/dev/shm").glob(f"*{fleet.name}-{rank}*")}
+
+    left = shared("1")
+    assert (len(shared("0")), len(left)) == (2, 2)
+    paths = FleetPaths(fleet.state / fleet.name)
+    note = paths.run(1).base("r1.a1").node("n2").segments
+    assert eventually(lambda: note.exists() and all(one in note.read_text() for one in left))
+    controller = psutil.Process(json.loads(paths.controller.read_text())["pid"])
+    agent = agent_of(fleet, "n2")
+    command, environment = agent.cmdline(), agent.environ()
+    controller.suspend()
+    try:
+        for process in (agent, *agent.children(recursive=True)):
+            process.kill()
+        assert left <= shared()
+        if comes == "an agent":
+            later = subprocess.Popen(command, env=environment, start_new_session=True)
+            assert eventually(lambda: not left & shared())
+    finally:
+        controller.resume()
+    assert fleet.cli("down", "--fleet", fleet.name).returncode == 0
+    assert shared() == set()
+    if comes == "an agent":
+        later.wait(10)
 
 
 @pytest.mark.parametrize("victim", ["n1", "n2"])

@@ -1,5 +1,6 @@
 """What a killed engine leaves in shared memory is removed, by whoever is left to do it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import psutil
 import pytest
 
 from launcher.agent import processes, segments
+from launcher.agent.segments import Segments
 from launcher.agent.sweep import sweep
+from launcher.paths import NodePaths
 
 CHILD = """
 import multiprocessing, sys, time
@@ -93,3 +96,64 @@ def test_own_segments_that_are_not_recorded_are_left_alone():
     finally:
         segment.close()
         segment.unlink()
+
+
+@pytest.fixture
+def node(tmp_path, engine):
+    """The folder of a node whose agent has looked at the engine."""
+    made = NodePaths(tmp_path)
+    Segments(made.segments).look([psutil.Process(engine.pid)])
+    return made
+
+
+def test_what_an_agent_noted_is_swept_when_it_was_killed_and_nobody_maps_it(node, engine):
+    sweep("another mark", [node])
+    assert there(engine.names) == engine.names, "somebody maps them"
+    end(engine)
+    sweep("another mark")
+    assert there(engine.names) == engine.names, "nobody noted them"
+    sweep("another mark", [node])
+    assert there(engine.names) == []
+
+
+@pytest.mark.parametrize("change", ["boot", "file", "name", "nonsense"])
+def test_a_note_that_does_not_mean_what_is_there_removes_nothing(node, engine, change):
+    end(engine)
+    note = json.loads(node.segments.read_text())
+    inodes = note["inodes"]
+    if change == "boot":
+        note["boot_id"] = "another"
+    elif change == "file":
+        note["inodes"] = {name: inode + 1 for name, inode in inodes.items()}
+    elif change == "name":
+        note["inodes"] = {f"../shm/{name}": inode for name, inode in inodes.items()}
+    node.segments.write_text("{" if change == "nonsense" else json.dumps(note))
+    sweep("another mark", [node])
+    assert there(engine.names) == engine.names
+
+
+def test_what_belongs_to_another_user_is_left_alone(node, engine, monkeypatch):
+    end(engine)
+    me = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    assert segments.remove(segments.noted(node.segments)) == []
+    assert there(engine.names) == engine.names
+
+
+def test_a_note_is_written_when_there_is_more_to_tell_and_when_there_is_room_again(
+    tmp_path, engine
+):
+    node = NodePaths(tmp_path / "n1")
+    seen, process = Segments(node.segments), psutil.Process(engine.pid)
+    seen.look([process])
+    assert not node.segments.exists(), "there is no folder to write to"
+    node.root.mkdir()
+    seen.look([process])
+    written = node.segments.stat()
+    assert segments.noted(node.segments) == segments.mapped_by([process])
+    seen.look([process])
+    assert node.segments.stat() == written
+    end(engine)
+    seen.remove()
+    assert there(engine.names) == []
+    assert not node.segments.exists()

@@ -4,7 +4,8 @@ Like the real one it does not notice that a peer is gone: the leader asks every 
 step, and waits for one that is stopped or dead for ever, in silence. FAKE_ENGINE_FAULT makes it
 misbehave: crash (an error at start), exit0 (dies with code 0 after serving began), hang (never
 ready), stall (after FAKE_ENGINE_STALL_AFTER tokens no step ends, while /health and /metrics
-answer). FAKE_ENGINE_DELAY_S is how long it thinks about each request, in steps.
+answer). FAKE_ENGINE_DELAY_S is how long it thinks about each request, in steps. FAKE_ENGINE_SHARES
+names a segment and a semaphore that it shares, and leaves behind when it is killed.
 """
 
 import argparse
@@ -71,8 +72,22 @@ def rendezvous() -> None:
     raise SystemExit("TimeoutError: no leader")
 
 
+def share(name: str) -> tuple[object, object]:
+    """By the same calls as multiprocessing, without the process that tidies up after it."""
+    import _multiprocessing
+    import _posixshmem
+    import mmap
+
+    handle = _posixshmem.shm_open(f"/psm_{name}", os.O_CREAT | os.O_EXCL | os.O_RDWR, mode=0o600)
+    os.ftruncate(handle, 4096)
+    semaphore = _multiprocessing.SemLock(0, 1, 1, f"/mp-{name}", False)
+    return mmap.mmap(handle, 4096), semaphore
+
+
 kept: list[socket.socket] = []
 rendezvous()
+if shares := os.environ.get("FAKE_ENGINE_SHARES"):
+    shared = share(f"{shares}-{arguments.node_rank}-{os.getpid()}")
 if arguments.headless:
     for leader in kept:
         leader.settimeout(None)
