@@ -192,6 +192,7 @@ class MemberReport(BaseModel):
     waiting_for: str = ""
     started: str = ""  # "parked", "plain", or "plain: " and why it was not the parked process
     started_at: float | None = None
+    ray_workers: str = ""  # how many were parked, how many started plainly, and why
     rehearsed: str | None = None  # what the collective check printed, once it has ended
     suspects: tuple[str, ...] = ()  # processes of the engine that stand still, in words
 

@@ -24,7 +24,6 @@ _OFFSETS = {
     "metrics": 7,
     "ray_client": 8,
     "dashboard": 9,
-    "autoscaler_metrics": 10,
     "data_parallel_rpc": 11,
     "collective": 12,
     "vllm_first": 15,  # vLLM counts up from here

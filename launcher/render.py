@@ -18,6 +18,8 @@ SIGNAL_LEAD_S = 120
 CONTROLLER_SIGNAL_LEAD_S = 300
 # Programs of ours that need the engine's torch: they travel inside their script.
 _TORCH_PROGRAMS = {"collective": "worker.py", "burn": "burn.py"}
+_OF_THE_ENGINE = ("park", "ray-head", "ray-worker", "serve-ray")
+_TELLING = ("park", "serve-mp", "serve-ray", "ray-worker")
 
 
 def template(name: str) -> str:
@@ -29,7 +31,7 @@ def engine_scripts(spec: FleetSpec, layout: Layout) -> dict[str, str]:
     """All scripts that agents run, by file name."""
     bodies = ("ray-head", "ray-worker", "serve-ray") if layout.executor == "ray" else ("serve-mp",)
     scripts = {f"{name}.sh": _engine_script(name, spec, layout) for name in bodies}
-    if layout.executor == "mp" and spec.warm == "auto":
+    if spec.warm == "auto":
         scripts["park.sh"] = _engine_script("park", spec, layout)
     for name in ("engine-probe", *_TORCH_PROGRAMS):
         scripts[f"{name}.sh"] = _engine_script(name, spec, layout)
@@ -39,16 +41,18 @@ def engine_scripts(spec: FleetSpec, layout: Layout) -> dict[str, str]:
 def commands_of(
     rank: int, layout: Layout, ports: dict[str, int], scripts: dict[str, str]
 ) -> tuple[Command, ...]:
-    """The processes of one rank, in the order in which they start."""
+    """The processes of one rank, in the order in which they start. One of them may be parked."""
+
+    def command(name: str, script: str, after_port: int | None = None) -> Command:
+        parkable = name != "ray-head" and "park.sh" in scripts
+        return Command(name=name, script=scripts[script], after_port=after_port, parkable=parkable)
+
     if layout.executor == "mp":
-        name = "serve" if rank == 0 else "headless"
-        return (Command(name=name, script=scripts["serve-mp.sh"], parkable="park.sh" in scripts),)
+        return (command("headless" if rank else "serve", "serve-mp.sh"),)
+    head = ports["rendezvous"]  # whoever asks before it listens waits ever longer between tries
     if rank > 0:
-        return (Command(name="ray-worker", script=scripts["ray-worker.sh"]),)
-    return (
-        Command(name="ray-head", script=scripts["ray-head.sh"]),
-        Command(name="serve", script=scripts["serve-ray.sh"], after_port=ports["rendezvous"]),
-    )
+        return (command("ray-worker", "ray-worker.sh", head),)
+    return (command("ray-head", "ray-head.sh"), command("serve", "serve-ray.sh", head))
 
 
 def served_names(spec: FleetSpec) -> list[str]:
@@ -72,8 +76,11 @@ def _engine_script(name: str, spec: FleetSpec, layout: Layout) -> str:
     if name == "engine-probe":
         lines += [quoting.export("LAUNCHER_PROBE", PROBE)]
     if name == "park":
-        parked = resources.files("launcher.agent").joinpath("parked.py")
-        lines += [quoting.export("LAUNCHER_PARK", parked.read_text(encoding="utf-8"))]
+        lines += [quoting.export("LAUNCHER_PARK", _of_the_agent("parked.py"))]
+        if layout.executor == "ray":
+            lines += [quoting.export("LAUNCHER_PARK_TWIN", _of_the_agent("ray_twin.py"))]
+    if name in ("ray-head", "ray-worker") and spec.warm == "auto":
+        lines += [quoting.export("LAUNCHER_RAY_HOOK", _of_the_agent("ray_hook.py"))]
     if name in _TORCH_PROGRAMS:
         program = resources.files("health.collective").joinpath(_TORCH_PROGRAMS[name])
         text = program.read_text(encoding="utf-8")
@@ -88,11 +95,17 @@ def _engine_script(name: str, spec: FleetSpec, layout: Layout) -> str:
     lines += [quoting.export("LAUNCHER_PYXIS_MOUNTS", mounts)]
     if name.startswith("serve"):
         lines += [quoting.array("LAUNCHER_ENGINE_ARGS", _engine_words(spec, layout))]
-        guard = resources.files("launcher.agent").joinpath("guard.py").read_text(encoding="utf-8")
-        lines += [quoting.export("LAUNCHER_GUARD", guard)]
-    tells = template("tell.sh") + "\n" if name in ("park", "serve-mp") else ""
-    body = template("preamble.sh") + "\n" + tells + template(f"{name}.sh")
+        lines += [quoting.export("LAUNCHER_GUARD", _of_the_agent("guard.py"))]
+    parts = ["preamble"]
+    parts += ["tell"] if name in _TELLING else []
+    parts += ["ray-environment"] if layout.executor == "ray" and name in _OF_THE_ENGINE else []
+    body = "\n".join(template(f"{part}.sh") for part in [*parts, name])
     return "\n".join(lines) + "\n\n" + body
+
+
+def _of_the_agent(name: str) -> str:
+    """A program of ours that runs inside the engine's environment: it travels in a script."""
+    return resources.files("launcher.agent").joinpath(name).read_text(encoding="utf-8")
 
 
 def _engine_environment() -> dict[str, str]:

@@ -22,6 +22,7 @@ class NodeStatus(BaseModel):
     lost_since: float | None = None
     parked: Parked | None = None  # the engine process that is ready for the next start
     started: str = ""  # how the engine that runs now was started
+    ray_workers: str = ""  # how many of them were parked, how many started plainly, and why
     doubts: list[str] = Field(default_factory=list)
 
 
@@ -329,5 +330,6 @@ def _node(record: ReplicaRecord, rank: int, node: str, view: NodeView) -> NodeSt
         waiting_for=report.member.waiting_for if report.member else "",
         parked=report.parked,
         started=report.member.started if report.member else "",
+        ray_workers=report.member.ray_workers if report.member else "",
         doubts=doubts(latest) if (latest := report.health or report.facts) else [],
     )

@@ -1,7 +1,5 @@
 # --- the Ray head, on the leader ------------------------------------------------------------------
 export VLLM_HOST_IP="$LAUNCHER_NODE_ADDRESS" VLLM_PORT="$LAUNCHER_PORT_VLLM_FIRST"
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$LAUNCHER_SECRETS/ray_token"
-export AUTOSCALER_METRIC_PORT="$LAUNCHER_PORT_AUTOSCALER_METRICS"
 # Ray's own wait for a silent node is a minute; ours is over in seconds.
 export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=2000
 export RAY_health_check_failure_threshold=3 RAY_health_check_initial_delay_ms=1000
@@ -16,7 +14,7 @@ exec "${ENGINE[@]}" ray start --head --block --disable-usage-stats \
   --dashboard-agent-grpc-port="$LAUNCHER_PORT_DASHBOARD_AGENT_GRPC" \
   --metrics-export-port="$LAUNCHER_PORT_METRICS" \
   --ray-client-server-port="$LAUNCHER_PORT_RAY_CLIENT" \
-  --include-dashboard=false --dashboard-port="$LAUNCHER_PORT_DASHBOARD" \
+  --no-monitor --include-dashboard=false --dashboard-port="$LAUNCHER_PORT_DASHBOARD" \
   --min-worker-port="$LAUNCHER_PORT_WORKER_FIRST" --max-worker-port="$LAUNCHER_PORT_WORKER_LAST" \
   --num-gpus="$LAUNCHER_RANKS_PER_NODE" --num-cpus="$((LAUNCHER_RANKS_PER_NODE + 1))" \
   --temp-dir="$LAUNCHER_TMP/r"

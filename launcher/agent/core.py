@@ -282,6 +282,7 @@ class Agent:
             waiting_for=self.engine.waiting_for,
             started=self.engine.started,
             started_at=self.engine.started_at,
+            ray_workers=self.engine.ray_workers,
             rehearsed=self.engine.rehearsed,
             suspects=self.engine.suspects,
         )

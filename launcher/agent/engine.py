@@ -17,7 +17,7 @@ from pathlib import Path
 
 from health.probes.host import busy_ports
 from health.report import NodeFacts
-from launcher.agent import bundle, lastwords, processes
+from launcher.agent import bundle, handover, lastwords, processes
 from launcher.agent.bundle import Bundle
 from launcher.agent.canary import StallWatch
 from launcher.agent.parking import Adopted, Parking
@@ -186,6 +186,10 @@ class Engine:
                 return self.parking.waiting_for
             return f"the leader's port {command.after_port}, to start {command.name}"
         return self.probe.waiting_for if self.probe else ""
+
+    @property
+    def ray_workers(self) -> str:
+        return handover.workers(read_tail(self.scratch / "ray/workers"))
 
     @property
     def rehearsed(self) -> str | None:

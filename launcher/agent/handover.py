@@ -4,17 +4,18 @@ Both scripts tell what they are about to start, in the same shell and before any
 difference of the two is what the parked process has to change, wherever it runs.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 _TELL, _TOLD = b"LAUNCHER-TELL\0", b"LAUNCHER-TOLD\0"
 # Read when an engine starts and not when its modules are imported: looked up in vLLM 0.32, torch
-# 2.13, gloo and NCCL. Whatever else differs may have been read already.
+# 2.13, gloo, NCCL and Ray 2.60. Whatever else differs may have been read already.
 READ_LATE = frozenset(
     {
         *("VLLM_HOST_IP", "VLLM_PORT", "VLLM_API_KEY", "PYTHONPATH"),
-        *("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
+        *("RAY_ADDRESS", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
     }
 )
 _OURS = "LAUNCHER_"
@@ -86,3 +87,16 @@ def order(told: Told, found: Change, folder: str, log: str) -> bytes:
         "log": log,
     }
     return json.dumps(text).encode("ascii") + b"\n"
+
+
+def workers(record: str) -> str:
+    """How Ray's workers came to be, in words, from what their twin wrote line by line."""
+    told = []
+    for line in record.splitlines():
+        with contextlib.suppress(ValueError):
+            told.append(json.loads(line))
+    parked = sum(one.get("started") == "parked" for one in told)
+    plain = [one for one in told if one.get("started") == "plain"]
+    words = [f"{parked} parked"] if parked else []
+    words += [f"{len(plain)} plain: {plain[-1].get('reason', '')}"] if plain else []
+    return ", ".join(words)

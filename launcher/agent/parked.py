@@ -35,6 +35,10 @@ WANTED = (
     *("vllm.distributed.parallel_state", "vllm.model_executor.model_loader", "transformers"),
     *("uvicorn.lifespan.on", "uvicorn.protocols.http.httptools_impl"),
 )
+OF_RAY = (
+    *("ray.scripts.scripts", "ray._private.workers.default_worker"),
+    *("vllm.v1.executor.ray_utils", "vllm.v1.executor.ray_executor_v2"),
+)
 _ASKED_OF_PLATFORM = ("check_and_update_config", "get_device_communicator_cls")
 _SHELL_SHEBANG = re.compile(r"'''exec' (\"?)([^\"\n]+?)\1 \"\$0\"")
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*\.[A-Z]\w*\Z")
@@ -55,12 +59,19 @@ def main() -> None:
         script = _script()
         os.dup2(2, 1)  # what an import prints goes to the log
         steps_back = _step_back() if "LAUNCHER_PARK_QUIETLY" in os.environ else ""
+        late = set(os.environ.get("LAUNCHER_PARK_LATE", "").split())
+        twin = _twin()
         for name in [name for name in os.environ if name.startswith("LAUNCHER_PARK")]:
             del os.environ[name]
+        before = dict(os.environ)
         _tell(channel, state="importing")
         # For a script this is its folder; for -c it would be wherever we are.
         sys.path[0] = str(Path(script).parent)
-        missing = _import_all(script)
+        if twin:
+            twin.foresee()
+        missing = _import_all(script, OF_RAY if twin else ())
+        if twin:
+            twin.forget()
         _check(given)
     except UnfitError as error:
         _tell(channel, state="unfit", reason=str(error))
@@ -71,22 +82,59 @@ def main() -> None:
     order = _one_line()
     if order is None:
         return
-    _take_over(order)
     if steps_back:
         _step_forward(steps_back)
-    _tell(channel, state="taken")
-    os.close(channel)
-    _call_ourselves(ENGINE)
-    sys.argv = [script, *order["argv"][1:]]
+    words = None
+    if twin:
+        words = twin.leave(_twins_folder(), before, late, (0, channel), _call_ourselves)
+    if words is None:
+        _take_over(order)
+        _tell(channel, state="taken")
+        os.close(channel)
+        _call_ourselves(ENGINE)
+        words = order["argv"]
     # The very file that a plain start runs: no entry point has to be known here.
-    runpy.run_path(script, run_name="__main__")
+    sys.argv = [shutil.which(words[0]) or words[0], *words[1:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _twin() -> Any:
+    """The module that makes Ray's worker processes; None where there is no Ray."""
+    text = os.environ.get("LAUNCHER_PARK_TWIN")
+    if text is None:
+        return None
+    script, words = _program("ray")
+    if not _is_ours(words):
+        raise UnfitError(f"{script} is run by {words[0]}, and vllm by {sys.executable}")
+    module = types.ModuleType("launcher_ray_twin")
+    sys.modules[module.__name__] = module
+    exec(compile(text, "ray_twin.py", "exec"), module.__dict__)  # noqa: S102
+    return module
+
+
+def _twins_folder() -> Path:
+    return Path(os.environ["LAUNCHER_TMP"]) / "ray"
 
 
 def _script() -> str:
     """The `vllm` of the PATH. Where another Python runs it than us, we go on as that one."""
-    script = shutil.which("vllm")
+    script, words = _program("vllm")
+    if not _is_ours(words):
+        if os.environ.get("LAUNCHER_PARK_AS") == words[0]:
+            raise UnfitError(f"{script} is run by {words[0]}, which says it is {sys.executable}")
+        os.environ["LAUNCHER_PARK_AS"] = words[0]
+        try:
+            os.execv(words[0], [*words, "-c", os.environ["LAUNCHER_PARK"]])
+        except OSError as error:
+            raise UnfitError(f"{script} is run by {words[0]}: {error.strerror}") from None
+    return script
+
+
+def _program(name: str) -> tuple[str, list[str]]:
+    """A program of the PATH and the words that run it, of which the first is a Python."""
+    script = shutil.which(name)
     if script is None:
-        raise UnfitError("no vllm in the engine's PATH")
+        raise UnfitError(f"no {name} in the engine's PATH")
     try:
         with open(script, encoding="utf-8") as file:
             head = file.read(4096)
@@ -99,19 +147,15 @@ def _script() -> str:
         words = [shutil.which(words[1]) or words[1], *words[2:]] if len(words) > 1 else []
     if not words or "python" not in Path(words[0]).name:
         raise UnfitError(f"{script} is no script of Python")
+    return script, words
+
+
+def _is_ours(words: list[str]) -> bool:
     ours, its = (Path(one).parent.resolve() for one in (sys.executable, words[0]))
-    if ours != its:
-        if os.environ.get("LAUNCHER_PARK_AS") == words[0]:
-            raise UnfitError(f"{script} is run by {words[0]}, which says it is {sys.executable}")
-        os.environ["LAUNCHER_PARK_AS"] = words[0]
-        try:
-            os.execv(words[0], [*words, "-c", os.environ["LAUNCHER_PARK"]])
-        except OSError as error:
-            raise UnfitError(f"{script} is run by {words[0]}: {error.strerror}") from None
-    return script
+    return ours == its
 
 
-def _import_all(script: str) -> dict[str, str]:
+def _import_all(script: str, of_ray: tuple[str, ...]) -> dict[str, str]:
     """Import what can be; what could not, and why. Raises UnfitError where nothing works."""
     missing: dict[str, str] = {}
     for name in _usual(script):
@@ -121,7 +165,7 @@ def _import_all(script: str) -> dict[str, str]:
     # Libraries of linear algebra have threads from their import on, and make them anew after a
     # fork. A plain start has imported them, too, when it forks; it shall be these and no others.
     threads = _threads()
-    for name in _more():
+    for name in (*_more(), *of_ray):
         _import(name, missing)
         if (now := _threads()) > threads:
             raise UnfitError(f"{name} started {now - threads} thread(s) when it was imported")

@@ -156,6 +156,7 @@ class Parking:
             **around.environment_in(scratch),
             **around.secrets_of(order.secret_environment),
             "LAUNCHER_MARK": mark,
+            "LAUNCHER_PARK_LATE": " ".join(sorted(handover.READ_LATE)),
             **({"LAUNCHER_PARK_QUIETLY": "1"} if quietly else {}),
         }
         try:

@@ -102,9 +102,29 @@ elif [ "${#LAUNCHER_PYXIS[@]}" -gt 0 ]; then
     "${LAUNCHER_PYXIS[@]}")
 fi
 
+# What is about to be exec'ed, for the agent to read: how many words, the words, the environment.
+tell() {
+  printf 'LAUNCHER-TELL\0'
+  printf '%s\0' "$#" "$@"
+  env -0
+  printf 'LAUNCHER-TOLD\0'
+}
+
+# Ray's own variables, the same for all its processes: a parked one has read them long before.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$LAUNCHER_SECRETS/ray_token"
+# Idle workers, which vLLM's actors never use: the first driver would wait until they are there.
+export RAY_prestart_worker_first_driver=0
+
+# Ray's workers are made by the twin of a parked process, where there is one (see ray_hook.py).
+if [ -n "${LAUNCHER_RAY_HOOK:-}" ]; then
+  mkdir -p "$LAUNCHER_TMP/ray"
+  printf '%s' "$LAUNCHER_RAY_HOOK" >"$LAUNCHER_TMP/ray/sitecustomize.py"
+  export PYTHONPATH="$LAUNCHER_TMP/ray${PYTHONPATH:+:$PYTHONPATH}"
+  unset LAUNCHER_RAY_HOOK
+fi
+
 # --- vLLM's API server and engine, on the leader, its ranks placed by Ray ---------------------------
 export VLLM_HOST_IP="$LAUNCHER_NODE_ADDRESS" VLLM_PORT="$LAUNCHER_PORT_VLLM_FIRST"
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$LAUNCHER_SECRETS/ray_token"
 export RAY_ADDRESS="$LAUNCHER_LEADER_ADDRESS:$LAUNCHER_LEADER_PORT_RENDEZVOUS"
 
 # The engine answers its gateway only, on every path (vLLM's own key leaves some open).
@@ -113,8 +133,11 @@ printf '%s' "$LAUNCHER_GUARD" >"$LAUNCHER_TMP/guard/launcher_guard.py"
 export PYTHONPATH="$LAUNCHER_TMP/guard${PYTHONPATH:+:$PYTHONPATH}"
 unset LAUNCHER_GUARD
 
-exec "${ENGINE[@]}" vllm serve "$LAUNCHER_MODEL" \
-  --middleware launcher_guard.Guard \
-  --host "$LAUNCHER_NODE_ADDRESS" --port "$LAUNCHER_PORT_API" \
-  --distributed-executor-backend ray \
-  "${LAUNCHER_ENGINE_ARGS[@]}"
+COMMAND=(vllm serve "$LAUNCHER_MODEL"
+  --middleware launcher_guard.Guard
+  --host "$LAUNCHER_NODE_ADDRESS" --port "$LAUNCHER_PORT_API"
+  --distributed-executor-backend ray
+  "${LAUNCHER_ENGINE_ARGS[@]}")
+# A parked process that becomes this command is told what this script would start.
+if [ -n "${LAUNCHER_TELL:-}" ]; then tell "${COMMAND[@]}"; exit 0; fi
+exec "${ENGINE[@]}" "${COMMAND[@]}"

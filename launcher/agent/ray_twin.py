@@ -1,0 +1,242 @@
+"""The twin of a parked process: Ray's worker processes are forked from it, with all imports done.
+
+It is forked off when the parked process takes its order, and lives as long as that one. Ray
+starts an interpreter for each worker; there ray_hook.py hands words, environment and output over
+to us and waits. Where something in its environment differs that imports may have read, the worker
+starts plainly. Runs inside the engine's environment, by the standard library alone.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NAME = "ray-twin"  # in ps and top
+_PR_SET_PDEATHSIG = 1
+_ORDER_MAX_BYTES = 4 << 20
+_ORDER_WITHIN_S = 5.0
+_GRACE_S = 5.0
+_OURS = ("LAUNCHER_", "RAY_")
+# What Ray's library reads once, when it is imported: the job of its worker, and the process with
+# which a worker ends. A cluster of ours has one job, and a worker of ours ends with our parent.
+_FIRST_JOB = "01000000"
+# The last two are of Ray's own making: how it writes titles, and see _take_over.
+_HARMLESS = {"_", "SHLVL", "PWD", "OLDPWD", "SPT_NOENV", "OMP_NUM_THREADS"}
+
+
+def foresee() -> None:
+    """Before imports: set what Ray's library is going to read."""
+    os.environ.update(RAY_JOB_ID=_FIRST_JOB, RAY_RAYLET_PID=str(os.getpid()))
+
+
+def forget() -> None:
+    """After imports: nobody but workers has these."""
+    for name in ("RAY_JOB_ID", "RAY_RAYLET_PID"):
+        os.environ.pop(name, None)
+
+
+def leave(
+    folder: Path,
+    before: Mapping[str, str],
+    late: set[str],
+    close: tuple[int, ...],
+    call: Callable[[str], None],
+) -> list[str] | None:
+    """Fork the twin, which listens in this folder. Back with None in the parked process, and with
+    its words in each worker, which has taken over everything else already.
+
+    before: the environment before all imports. late: variables that are read at a start.
+    close: files of the parked process alone. call: how a process names itself.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / "twin"
+    path.unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(str(path))
+    listening.listen(64)
+    parent = os.getpid()
+    if os.fork():
+        listening.close()
+        return None
+    _die_with(parent)
+    for file in close:
+        os.close(file)
+    call(NAME)
+    return Twin(listening, Variables(before, dict(os.environ), late), folder / "workers").run()
+
+
+@dataclass(frozen=True)
+class Variables:
+    """What our imports may have read, and what they made of it: some set variables. Pure."""
+
+    before: Mapping[str, str]
+    after: Mapping[str, str]
+    late: set[str]
+
+    def refused(self, theirs: Mapping[str, str]) -> list[str]:
+        """Variables of a worker that our imports did not see as they are there."""
+        if theirs.get("RAY_JOB_ID") != _FIRST_JOB:
+            return ["RAY_JOB_ID"]
+        return [
+            name
+            for name in sorted({*self.before, *self.after, *theirs} - self.late - _HARMLESS)
+            if not name.startswith(_OURS)
+            and theirs.get(name) not in (self.before.get(name), self.after.get(name))
+        ]
+
+    def completed(self, theirs: Mapping[str, str]) -> dict[str, str]:
+        """Theirs, with what imports would have set there."""
+        names = {*self.before, *self.after} - self.late - _HARMLESS
+        made = {n for n in names if self.before.get(n) != self.after.get(n)}
+        untouched = {n for n in made if theirs.get(n) == self.before.get(n)}
+        put = {n: self.after[n] for n in untouched if n in self.after}
+        return {n: v for n, v in theirs.items() if n not in untouched} | put
+
+
+class Twin:
+    """Answers until whoever made it ends. Each worker has its hook's connection and a pidfd."""
+
+    def __init__(self, listening: socket.socket, variables: Variables, record: Path) -> None:
+        self._pid = os.getpid()
+        self._listening = listening
+        self._variables = variables
+        self._record = record
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listening, selectors.EVENT_READ, self._accept)
+        self._hooks: dict[int, socket.socket] = {}  # by the worker's pid
+        self._pidfds: dict[int, int] = {}
+        self._kill_at: dict[int, float] = {}
+
+    def run(self) -> list[str]:
+        """Comes back only in a worker, with its words."""
+        while True:
+            for key, _ in self._selector.select(1.0):
+                words: list[str] | None = key.data()
+                if words:
+                    return words
+            now = time.monotonic()
+            for pid in [pid for pid, at in self._kill_at.items() if now >= at]:
+                del self._kill_at[pid]
+                _signal(pid, signal.SIGKILL)
+
+    def _accept(self) -> list[str] | None:
+        """Answer one hook; its words in the worker that was forked for it."""
+        hook, _ = self._listening.accept()
+        pid = -1
+        files: list[int] = []
+        try:
+            hook.settimeout(_ORDER_WITHIN_S)
+            order, files = _received(hook)
+            if refused := self._variables.refused(order["environment"]):
+                self._note("plain", f"{', '.join(refused[:3])} changed since it was parked")
+            else:
+                pid = os.fork()
+        except (OSError, ValueError, KeyError) as error:
+            self._note("plain", f"{type(error).__name__}: {error}")
+        if pid == 0:
+            return self._become(order, files, hook)
+        for file in files:
+            os.close(file)
+        if pid < 0:
+            hook.close()
+            return None
+        self._watch(pid, hook)
+        self._note("parked", "")
+        with contextlib.suppress(OSError):
+            hook.sendall(b"+")
+        return None
+
+    def _watch(self, pid: int, hook: socket.socket) -> None:
+        self._hooks[pid] = hook
+        self._pidfds[pid] = pidfd = os.pidfd_open(pid)
+        self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._ended(pid))
+        self._selector.register(hook, selectors.EVENT_READ, lambda: self._abandoned(pid))
+
+    def _ended(self, pid: int) -> None:
+        """The worker is over: its hook ends the same way."""
+        _, status = os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        self._kill_at.pop(pid, None)
+        self._selector.unregister(self._pidfds[pid])
+        os.close(self._pidfds.pop(pid))
+        hook = self._hooks.pop(pid)
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(hook)
+        with contextlib.suppress(OSError):
+            hook.sendall(bytes([code if code >= 0 else 128 - code]))
+        hook.close()
+
+    def _abandoned(self, pid: int) -> None:
+        """Whoever ended the hook meant the worker."""
+        if pid not in self._hooks:  # both ended at once
+            return
+        self._selector.unregister(self._hooks[pid])
+        self._kill_at[pid] = time.monotonic() + _GRACE_S
+        _signal(pid, signal.SIGTERM)
+
+    def _become(self, order: dict[str, Any], files: list[int], hook: socket.socket) -> list[str]:
+        """In the child: be what Ray would have started."""
+        _die_with(self._pid)
+        os.setsid()
+        for one in (self._listening, hook, *self._hooks.values()):
+            one.close()
+        self._selector.close()
+        for pidfd in self._pidfds.values():
+            os.close(pidfd)
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+            os.close(file)
+        return _take_over(order, self._variables.completed(order["environment"]))
+
+    def _note(self, started: str, reason: str) -> None:
+        with contextlib.suppress(OSError), self._record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"started": started, "reason": reason}) + "\n")
+
+
+def _received(hook: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    text, files, _, _ = socket.recv_fds(hook, 1 << 16, 3)
+    while not text.endswith(b"\n"):
+        part = hook.recv(1 << 16)
+        if not part or len(text) > _ORDER_MAX_BYTES:
+            raise ValueError("no whole order")
+        text += part
+    if len(files) != 3:
+        raise ValueError("an order without its output")
+    return json.loads(text), files
+
+
+def _take_over(order: dict[str, Any], environment: dict[str, str]) -> list[str]:
+    before = {*sys.path, *os.environ.get("PYTHONPATH", "").split(os.pathsep)}
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(order["folder"])
+    words: list[str] = order["words"]
+    added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    hook = f"{os.environ.get('LAUNCHER_TMP', '')}/ray"
+    sys.path[1:1] = [one for one in added if one and one not in before and one != hook]
+    sys.path[0] = str(Path(words[0]).parent)
+    # Ray gives a worker one thread before it imports anything; that variable is read by imports.
+    if torch := sys.modules.get("torch"):
+        threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+        torch.set_num_threads(int(threads) if threads.isdecimal() else 1)
+    return words
+
+
+def _die_with(parent: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -1,0 +1,12 @@
+# Ray's own variables, the same for all its processes: a parked one has read them long before.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$LAUNCHER_SECRETS/ray_token"
+# Idle workers, which vLLM's actors never use: the first driver would wait until they are there.
+export RAY_prestart_worker_first_driver=0
+
+# Ray's workers are made by the twin of a parked process, where there is one (see ray_hook.py).
+if [ -n "${LAUNCHER_RAY_HOOK:-}" ]; then
+  mkdir -p "$LAUNCHER_TMP/ray"
+  printf '%s' "$LAUNCHER_RAY_HOOK" >"$LAUNCHER_TMP/ray/sitecustomize.py"
+  export PYTHONPATH="$LAUNCHER_TMP/ray${PYTHONPATH:+:$PYTHONPATH}"
+  unset LAUNCHER_RAY_HOOK
+fi

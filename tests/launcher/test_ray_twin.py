@@ -1,0 +1,246 @@
+"""Ray's workers forked from the twin of a parked process, without a real Ray."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.agent import handover, processes
+from launcher.agent.parking import Adopted
+from launcher.agent.waiting import Start
+from tests.launcher.fleets import eventually
+from tests.launcher.test_parking import Ground
+
+# What a raylet does, as far as we see it: it starts interpreters, and notes how they end.
+RAY = """
+import json, os, subprocess, sys
+order = json.loads(open(os.environ["RAY_ORDER"]).read())
+environment = {**os.environ, "RAY_JOB_ID": "01000000", **order["env"]}
+with open(order["out"], "wb") as out:
+    words = [sys.executable, order["worker"], "--id=a b"]
+    child = subprocess.Popen(words, env=environment, stdout=out, stderr=out, cwd=order["folder"])
+    open(order["out"] + ".pid", "w").write(str(child.pid))
+    code = child.wait()
+open(order["out"] + ".code", "w").write(str(code))
+child.wait()
+import time
+time.sleep(60)
+"""
+WORKER = """
+import json, os, sys, time
+known = "vllm.late" in sys.modules
+print(json.dumps({
+    "known": known, "argv": sys.argv, "pid": os.getpid(), "folder": os.getcwd(),
+    "env": dict(os.environ), "path": sys.path, "main": __name__,
+    "job": os.environ.get("RAY_JOB_ID"), "seen": getattr(sys.modules.get("ray"), "SEEN", None),
+    "custom": getattr(sys.modules.get("sitecustomize"), "OTHER", None),
+}), flush=True)
+until = os.environ.get("RAY_UNTIL", "")
+if until == "ever":
+    time.sleep(60)
+sys.exit(int(until or 0))
+"""
+
+
+class RayGround(Ground):
+    """A node whose parked process may become `ray start`, on a follower."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        ray = folder / "lib/ray"
+        (ray / "_private/workers").mkdir(parents=True)
+        (ray / "__init__.py").write_text("import os\nSEEN = os.environ.get('RAY_JOB_ID')\n")
+        self.worker = ray / "_private/workers/default_worker.py"
+        self.worker.write_text(WORKER)
+        self.write("__init__.py", "import os, ray, vllm.late\nos.environ['MADE'] = 'by import'\n")
+        self.program(f"#!{sys.executable}\n{RAY}")
+        self.order = folder / "order.json"
+        self.out = folder / "worker.out"
+        self.env["RAY_ORDER"] = str(self.order)
+        self.spec = self.spec.model_copy(update={"executor": "ray", "nodes": 2})
+
+    def program(self, text: str) -> None:
+        file = self.folder / "bin/ray"
+        file.write_text(text)
+        file.chmod(0o755)
+
+    def ray_start(self, **env: str) -> Adopted | str:
+        scratch = self.parking.claim() or self.folder
+        self.claimed.append(scratch)
+        order = {"worker": str(self.worker), "folder": str(self.folder), "out": str(self.out)}
+        self.order.write_text(json.dumps({**order, "env": env}))
+        script = self.folder / "ray-worker.sh"
+        script.write_text(self.scripts()["ray-worker.sh"])
+        ports = {f"LAUNCHER_PORT_{name}": "1" for name in PORTS}
+        environment = {
+            **self.around().environment_in(scratch),
+            **self.around().secrets_of({"HF": "hf"}),
+            **ports,
+            "LAUNCHER_NODE_ADDRESS": "127.0.0.3",
+            "LAUNCHER_LEADER_ADDRESS": "127.0.0.2",
+            "LAUNCHER_LEADER_PORT_RENDEZVOUS": "1",
+            "LAUNCHER_RANKS_PER_NODE": "1",
+        }
+        start = Start(script, environment, self.folder / "ray.log", scratch, 10.0)
+        deadline = time.monotonic() + 20
+        while (found := self.parking.start(start, time.monotonic())) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        if isinstance(found, str):
+            words = ["/bin/bash", str(script)]
+            self.reaper.start(words, environment, start.log, scratch)
+        return found
+
+    def said(self) -> dict:
+        assert eventually(lambda: self.out.exists() and "\n" in self.out.read_text(), 10), (
+            self.log_of("ray.log")
+        )
+        return json.loads(self.out.read_text().splitlines()[0])
+
+    def workers(self) -> str:
+        return handover.workers((self.claimed[-1] / "ray/workers").read_text())
+
+    def code(self) -> int:
+        file = Path(f"{self.out}.code")
+        assert eventually(lambda: file.exists() and file.read_text(), 10), self.log_of("ray.log")
+        return int(file.read_text())
+
+    def hook(self) -> int:
+        return int(Path(f"{self.out}.pid").read_text())
+
+    def log_of(self, name: str) -> str:
+        file = self.folder / name
+        return file.read_text() if file.exists() else ""
+
+
+PORTS = (
+    *("VLLM_FIRST", "NODE_MANAGER", "OBJECT_MANAGER", "RUNTIME_ENV_AGENT", "METRICS"),
+    *("DASHBOARD_AGENT_HTTP", "DASHBOARD_AGENT_GRPC", "WORKER_FIRST", "WORKER_LAST"),
+)
+
+
+@pytest.fixture
+def ground(tmp_path):
+    made = RayGround(tmp_path)
+    yield made
+    made.parking.end()
+    made.parking.release()
+    processes.kill_all(made.left())
+    for folder in made.claimed:
+        shutil.rmtree(folder, ignore_errors=True)
+    assert eventually(lambda: made.left() == [], 5)
+
+
+def is_over(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_a_worker_of_ray_is_forked_with_everything_imported(ground):
+    ground.park()
+    assert isinstance(ground.ray_start(RAY_UNTIL="3"), Adopted)
+    said = ground.said()
+    assert said["known"], ground.workers()
+    assert said["argv"] == [str(ground.worker), "--id=a b"]
+    assert (said["folder"], said["main"], said["job"]) == (
+        str(ground.folder),
+        "__main__",
+        "01000000",
+    )
+    assert said["path"][0] == str(ground.worker.parent), "as Python itself has it"
+    assert said["env"]["MADE"] == "by import", "what an import sets is there without the import"
+    assert said["seen"] == "01000000", "Ray's library reads its job once, when it is imported"
+    assert said["pid"] != ground.hook()
+    assert ground.code() == 3, "whoever started it sees how it ended"
+    assert ground.workers() == "1 parked"
+
+
+def test_without_a_parked_process_ray_starts_its_workers_itself(ground):
+    assert ground.ray_start(RAY_UNTIL="3") == "no process was parked"
+    said = ground.said()
+    assert (said["known"], said["pid"]) == (False, ground.hook())
+    assert ground.code() == 3
+
+
+@pytest.mark.parametrize(
+    ("env", "why"),
+    [
+        ({"CUDA_HOME": "/opt/cuda"}, "CUDA_HOME changed since it was parked"),
+        ({"RAY_JOB_ID": "02000000"}, "RAY_JOB_ID changed since it was parked"),
+    ],
+)
+def test_a_worker_whose_environment_imports_did_not_see_starts_plainly(ground, env, why):
+    ground.park()
+    ground.ray_start(**env)
+    said = ground.said()
+    assert (said["known"], said["pid"]) == (False, ground.hook())
+    assert ground.workers() == f"1 plain: {why}"
+
+
+def test_when_whoever_ray_started_is_killed_the_worker_ends(ground):
+    ground.park()
+    ground.ray_start(RAY_UNTIL="ever")
+    worker = ground.said()["pid"]
+    os.kill(ground.hook(), signal.SIGKILL)
+    assert eventually(lambda: is_over(worker), 10)
+    assert ground.code() == -signal.SIGKILL
+
+
+def test_a_killed_worker_is_seen_by_whoever_started_it(ground):
+    ground.park()
+    ground.ray_start(RAY_UNTIL="ever")
+    os.kill(ground.said()["pid"], signal.SIGKILL)
+    assert ground.code() == 128 + signal.SIGKILL
+
+
+def test_twin_and_workers_end_with_the_engine_that_they_belong_to(ground):
+    ground.park()
+    adopted = ground.ray_start(RAY_UNTIL="ever")
+    worker = psutil.Process(ground.said()["pid"])
+    twin = worker.parent()
+    assert (twin.name(), twin.ppid()) == ("ray-twin", adopted.child.pid)
+    adopted.child.kill()
+    adopted.child.wait(5)
+    assert eventually(lambda: is_over(worker.pid) and is_over(twin.pid), 5)
+    assert eventually(lambda: is_over(ground.hook()), 5)
+
+
+def test_a_twin_that_dies_takes_its_workers_along_and_later_ones_start_plainly(ground):
+    ground.park()
+    ground.ray_start(RAY_UNTIL="ever")
+    worker = psutil.Process(ground.said()["pid"])
+    worker.parent().kill()
+    assert eventually(lambda: is_over(worker.pid), 5)
+    assert ground.code() == 1
+
+
+def test_ray_of_another_python_is_not_parked(ground):
+    ground.program("#!/usr/bin/python3\n")
+    reason = ground.park(until="none").reason
+    assert "/bin/ray is run by /usr/bin/python3, and vllm by " in reason
+
+
+def test_a_sitecustomize_of_the_user_is_still_loaded(ground):
+    (ground.package.parent / "sitecustomize.py").write_text("OTHER = 'loaded'\n")
+    ground.ray_start()
+    assert ground.said()["custom"] == "loaded"
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ("", ""),
+        ('{"started": "parked", "reason": ""}\n' * 2, "2 parked"),
+        ('{"started": "plain", "reason": "X changed"}\n{"started": "par', "1 plain: X changed"),
+    ],
+)
+def test_what_the_twin_wrote_is_told_in_words(record, words):
+    assert handover.workers(record) == words
