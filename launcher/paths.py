@@ -1,7 +1,7 @@
 """Where everything of a fleet lies. Pure but for the environment of the caller's home.
 
 $LAUNCHER_STATE_DIR (~/.local/state/launcher)
-├── cache/                     the engine's compile caches, kept between runs
+├── cache/engines/             compile caches, kept between runs: VERSIONS/GPU TYPE/MODEL
 └── FLEET/
     ├── wish.json              what the user wants (the CLI writes, the controller reads)
     ├── status.json            what is (the controller writes, the CLI reads)

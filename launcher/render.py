@@ -10,6 +10,7 @@ from pathlib import PurePath
 
 from health.engine import PROBE
 from launcher import __version__, quoting
+from launcher.agent import caches
 from launcher.documents import Command
 from launcher.layout import Layout
 from launcher.spec import ControllerJob, FleetSpec, SlurmBackend
@@ -18,8 +19,8 @@ SIGNAL_LEAD_S = 120
 CONTROLLER_SIGNAL_LEAD_S = 300
 # Programs of ours that need the engine's torch: they travel inside their script.
 _TORCH_PROGRAMS = {"collective": "worker.py", "burn": "burn.py"}
-_OF_THE_ENGINE = ("park", "ray-head", "ray-worker", "serve-ray")
-_TELLING = ("park", "serve-mp", "serve-ray", "ray-worker")
+# Scripts that start a process of the engine.
+_STARTING = ("park", "ray-head", "ray-worker", "serve-mp", "serve-ray")
 
 
 def template(name: str) -> str:
@@ -97,10 +98,13 @@ def _engine_script(name: str, spec: FleetSpec, layout: Layout) -> str:
         lines += [quoting.array("LAUNCHER_ENGINE_ARGS", _engine_words(spec, layout))]
         lines += [quoting.export("LAUNCHER_GUARD", _of_the_agent("guard.py"))]
     parts = ["preamble"]
-    parts += ["tell"] if name in _TELLING else []
-    parts += ["ray-environment"] if layout.executor == "ray" and name in _OF_THE_ENGINE else []
-    body = "\n".join(template(f"{part}.sh") for part in [*parts, name])
-    return "\n".join(lines) + "\n\n" + body
+    if name in _STARTING:
+        kept = " ".join(variable for variable in spec.env if variable in caches.FOLDERS)
+        lines += [quoting.export("LAUNCHER_CACHES_KEPT", kept)]
+        lines += [quoting.export("LAUNCHER_CACHES", _of_the_agent("caches.py"))]
+        parts += ["caches", "tell"]
+        parts += ["ray-environment"] if layout.executor == "ray" else []
+    return "\n".join([*lines, "", *(template(f"{part}.sh") for part in [*parts, name])])
 
 
 def _of_the_agent(name: str) -> str:

@@ -19,6 +19,8 @@ READ_LATE = frozenset(
     }
 )
 _OURS = "LAUNCHER_"
+# By these a process was given the folder of its compile caches when it was parked.
+_READ_AT_ONCE = ("LAUNCHER_MODEL", "LAUNCHER_CACHE")
 _OF_THE_SHELL = frozenset({"_", "SHLVL", "PWD", "OLDPWD"})
 _NAMED = 3
 
@@ -61,7 +63,8 @@ def change(parked: Mapping[str, str], wanted: Mapping[str, str]) -> Change:
     names -= {
         n for n in names if n in _OF_THE_SHELL or n.startswith(("LAUNCHER_PARK", "LAUNCHER_TELL"))
     }
-    late = {n for n in names if n in READ_LATE or n.startswith(_OURS)}
+    ours = {n for n in names if n.startswith(_OURS) and not n.startswith(_READ_AT_ONCE)}
+    late = ours | (names & READ_LATE)
     return Change(
         put={n: wanted[n] for n in sorted(late) if n in wanted},
         removed=tuple(n for n in sorted(late) if n not in wanted),

@@ -39,6 +39,7 @@ def main():
     print("argv", *sys.argv[1:], flush=True)
     print("here", os.getcwd(), sys.modules["__main__"].__file__, flush=True)
     print("early", sys.modules["vllm"].EARLY, os.environ.get("LAUNCHER_PARK"), flush=True)
+    print("caches", sys.modules["vllm"].CACHES, flush=True)
     time.sleep(60)
 """
 
@@ -50,7 +51,10 @@ class Ground:
         self.folder = folder
         self.package = folder / "lib/vllm"
         self.package.mkdir(parents=True)
-        self.write("__init__.py", "import os\nEARLY = os.environ.get('EARLY')\n")
+        self.write(
+            "__init__.py",
+            "import os\nEARLY = os.environ.get('EARLY')\nCACHES = os.environ['VLLM_CACHE_ROOT']\n",
+        )
         self.write("cli.py", MAIN)
         self.write("late.py", "")
         self.script(f"#!{sys.executable}\nimport sys\nfrom vllm.cli import main\nmain()\n")
@@ -101,9 +105,7 @@ class Ground:
         assert eventually(there, timeout_s), self.parking.parked
         return self.parking.parked
 
-    def start(self, wait_s=5.0) -> Adopted | str:
-        scratch = self.parking.claim() or self.folder
-        self.claimed.append(scratch)
+    def wanted(self, scratch: Path, wait_s=5.0) -> Start:
         script = self.folder / "serve.sh"
         script.write_text(self.scripts()["serve-mp.sh"])
         around = self.around()
@@ -114,7 +116,12 @@ class Ground:
             **{f"LAUNCHER_{name}": value for name, value in ports.items()},
             "LAUNCHER_PORT_VLLM_FIRST": "7001",
         }
-        start = Start(script, environment, self.folder / "serve.log", scratch, wait_s)
+        return Start(script, environment, self.folder / "serve.log", scratch, wait_s)
+
+    def start(self, wait_s=5.0) -> Adopted | str:
+        scratch = self.parking.claim() or self.folder
+        self.claimed.append(scratch)
+        start = self.wanted(scratch, wait_s)
         deadline = time.monotonic() + 20
         while (found := self.parking.start(start, time.monotonic())) is None:
             assert time.monotonic() < deadline
@@ -164,6 +171,25 @@ def test_a_parked_process_becomes_what_the_start_script_would_have_started(groun
     found.child.send_signal(signal.SIGTERM)
     assert found.child.wait(5) == -signal.SIGTERM
     assert ground.parking.parked.state == "none"
+
+
+def test_a_parked_process_has_the_compile_caches_of_a_plain_start(ground):
+    ground.park()
+    assert isinstance(ground.start(), Adopted)
+    plain = ground.wanted(ground.folder)
+    ground.reaper.start(
+        ["/bin/bash", str(plain.script)], plain.environment, plain.log, plain.folder
+    )
+    assert eventually(lambda: ground.log().count("caches ") == 2), ground.log()
+    parked, started = (row for row in ground.log().splitlines() if row.startswith("caches "))
+    assert parked == started
+    assert parked.startswith(f"caches {ground.folder}/cache/engines/vllm-unknown-torch-unknown-")
+
+
+def test_a_process_that_was_parked_for_another_model_is_not_used(ground):
+    ground.park()
+    ground.spec = ground.spec.model_copy(update={"model": "other/model"})
+    assert ground.start() == "LAUNCHER_MODEL changed since it was parked"
 
 
 def test_a_start_that_comes_during_the_imports_waits_for_them(ground):
