@@ -16,6 +16,7 @@ from launcher.agent.heart import Heart, Loss
 from launcher.agent.parking import Parking
 from launcher.agent.surroundings import Surroundings, clean_environment
 from launcher.agent.sweep import sweep
+from launcher.agent.upkeep import Upkeep
 from launcher.documents import (
     AgentConfig,
     Assignment,
@@ -76,12 +77,15 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self.heart.start()
+        upkeep = Upkeep(self._surroundings().cache, self._scratches)
+        upkeep.start()
         environment = {**clean_environment(), **self._node_environment()}
         self.watch = Watch(self.reaper, environment, self.node, self.mark)
         while not self._turn():
             self.heart.woken.wait(TURN_S if self.engine else WAITING_TURN_S)
             self.heart.woken.clear()
         self.watch.stop()
+        upkeep.stop()
         self.heart.stop()
 
     def _turn(self) -> bool:
@@ -299,6 +303,12 @@ class Agent:
             environment=clean_environment(),
             secrets=self.secrets,
         )
+
+    def _scratches(self) -> list[Path]:
+        """Where engines of this node work, parked ones included; asked from another thread."""
+        engine = self.engine
+        found = [engine.scratch if engine else None, self.parking.scratch]
+        return [scratch for scratch in found if scratch]
 
     def _node_environment(self) -> dict[str, str]:
         """What the scripts' preamble needs where no engine is being started."""

@@ -134,6 +134,12 @@ class Parking:
             self._drop("")
 
     @property
+    def scratch(self) -> Path | None:
+        """Where the parked process works."""
+        process = self._process
+        return process.scratch if process else None
+
+    @property
     def waiting_for(self) -> str:
         process = self._process
         if process is None or process.asked_at is None:
