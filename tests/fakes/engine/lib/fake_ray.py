@@ -19,6 +19,7 @@ parser.add_argument("--num-gpus", type=int, required=True)
 parser.add_argument("--num-cpus", type=int, required=True)
 parser.add_argument("--temp-dir", required=True)
 parser.add_argument("--disable-usage-stats", action="store_true")
+parser.add_argument("--no-monitor", action="store_true")
 PORTS = ["node-manager-port", "object-manager-port", "runtime-env-agent-port", "dashboard-port"]
 PORTS += ["dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port"]
 PORTS += ["ray-client-server-port", "include-dashboard", "min-worker-port", "max-worker-port"]
