@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -9,11 +10,28 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.agent.processes import scratch_root
 from tests.conftest import ROOT
 from tests.launcher.fleets import FleetUnderTest, ask, eventually, is_parked
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 ENGINE = ROOT / ".venv/engine"
+
+
+SPEC = {
+    "model": str(ROOT / "models/tiny"),
+    "nodes": 2,
+    "gpus_per_node": 1,
+    "parallelism": {"tensor": 1, "pipeline": 2},
+    "runtime": {"venv": str(ENGINE)},
+    "env": {"VLLM_CPU_KVCACHE_SPACE": "1", "CPU_ENGINE_START_METHOD": "fork"},
+    "engine": {"args": {"enforce-eager": True, "dtype": "float32", "max-model-len": 512}},
+    "preflight": "passive",
+    "backend": "local",
+}
+ONE_NODE = {"nodes": 1, "parallelism": {"tensor": 1, "pipeline": 1}}
+FOLLOWERS = {"mp": "headless", "ray": "ray-worker"}
+ROUNDS = 50
 
 
 @pytest.fixture
@@ -23,19 +41,7 @@ def fleet(tmp_path, cli, fleet_name, state_dir):
     ]
     if missing:
         pytest.fail(f"{', '.join(map(str, missing))} not there; run `make setup`")
-    spec = {
-        "model": str(ROOT / "models/tiny"),
-        "nodes": 2,
-        "gpus_per_node": 1,
-        "parallelism": {"tensor": 1, "pipeline": 2},
-        "executor": "mp",
-        "runtime": {"venv": str(ENGINE)},
-        "env": {"VLLM_CPU_KVCACHE_SPACE": "1", "CPU_ENGINE_START_METHOD": "fork"},
-        "engine": {"args": {"enforce-eager": True, "dtype": "float32", "max-model-len": 512}},
-        "preflight": "passive",
-        "backend": "local",
-    }
-    made = FleetUnderTest(tmp_path, cli, fleet_name, spec)
+    made = FleetUnderTest(tmp_path, cli, fleet_name, dict(SPEC))
     yield made
     made.down()
     assert eventually(lambda: of(state_dir) == [], 5), of(state_dir)
@@ -89,8 +95,15 @@ def how_it_ends(fleet, state: Path) -> str:
     return story()[0].removeprefix(told)
 
 
-def test_parked_engines_answer_and_end_like_plain_ones_and_come_again(fleet, state_dir):
+def serves_as(fleet, generation: int) -> bool:
+    code, document = fleet.status()
+    return code == 0 and document["replicas"][0]["generation"] == generation
+
+
+@pytest.mark.parametrize("executor", ["mp", "ray"])
+def test_a_replica_comes_again_from_parked_engines_and_answers_alike(fleet, executor, state_dir):
     segments = set(Path("/dev/shm").iterdir())
+    fleet.spec["executor"] = executor
     code, document = fleet.up()
     assert code == 0, document["error"]
     assert started(document) == {"parked"}
@@ -99,27 +112,79 @@ def test_parked_engines_answer_and_end_like_plain_ones_and_come_again(fleet, sta
     assert len(parked(state_dir)) == 2
 
     killed_at = time.monotonic()
-    os.kill(pid_of(state_dir, fleet.name, "n2", "headless"), signal.SIGKILL)
-
-    def is_back() -> bool:
-        code, document = fleet.status()
-        return code == 0 and document["replicas"][0]["generation"] == 2
-
-    assert eventually(is_back, 90), fleet.status()[1]["replicas"]
+    os.kill(pid_of(state_dir, fleet.name, "n2", FOLLOWERS[executor]), signal.SIGKILL)
+    assert eventually(lambda: serves_as(fleet, 2), 90), fleet.status()[1]["replicas"]
     print(f"serves {time.monotonic() - killed_at:.1f} s after the kill")
     _, document = fleet.status()
     assert started(document) == {"parked"}
+    workers = {node["ray_workers"] for node in document["replicas"][0]["nodes"]}
+    assert workers == ({"1 parked"} if executor == "ray" else {""})
     assert ask(document, tokens=16) == answer
 
-    end = how_it_ends(fleet, state_dir)
     assert fleet.down() == 0
     assert eventually(lambda: of(state_dir) == [], 5)
     assert set(Path("/dev/shm").iterdir()) <= segments
 
-    fleet.spec["warm"] = "off"
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("executor", ["mp", "ray"])
+def test_parked_and_plain_engines_answer_warn_and_end_alike(fleet, executor, state_dir):
+    fleet.spec["executor"] = executor
+    seen = []
+    for warm in ("auto", "off"):
+        fleet.spec["warm"] = warm
+        code, document = fleet.up()
+        assert code == 0, document["error"]
+        assert started(document) == {"parked" if warm == "auto" else "plain"}
+        assert warm == "auto" or parked(state_dir) == []
+        answer = ask(document, tokens=16)
+        warned = warnings_of(state_dir, fleet.name)
+        seen.append((answer, how_it_ends(fleet, state_dir), warned))
+        assert fleet.down() == 0
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("executor", ["mp", "ray"])
+def test_fifty_rounds_of_park_serve_kill_leave_nothing_and_take_no_more_memory(
+    fleet, executor, state_dir
+):
+    segments = set(Path("/dev/shm").iterdir())
+    folders = set(scratch_root().glob("fl-*"))
+    fleet.spec |= {"executor": executor, **ONE_NODE}
     code, document = fleet.up()
     assert code == 0, document["error"]
-    assert started(document) == {"plain"}
-    assert parked(state_dir) == []
-    assert ask(document, tokens=16) == answer
-    assert how_it_ends(fleet, state_dir) == end
+    memory = []
+    for number in range(ROUNDS):
+        assert eventually(lambda: all_parked(fleet), 90), fleet.status()[1]["replicas"]
+        memory.append(agents_memory(state_dir))
+        before = fleet.status()[1]["replicas"][0]["generation"]
+        os.kill(pid_of(state_dir, fleet.name, "n1", "serve"), signal.SIGKILL)
+        # Not the back-off of a crash loop, but at once.
+        again = fleet.cli("restart", "r1", "--fleet", fleet.name, timeout=180)
+        assert again.returncode == 0, again.stdout + again.stderr
+        _, document = fleet.status()
+        assert document["replicas"][0]["generation"] > before
+        assert started(document) == {"parked"}, (number, document["replicas"])
+        assert ask(document, tokens=4)
+        print(f"round {number + 1}: the agent has {memory[-1] >> 20} MiB")
+    assert fleet.down() == 0
+    assert eventually(lambda: of(state_dir) == [], 5)
+    assert set(Path("/dev/shm").iterdir()) <= segments
+    assert set(scratch_root().glob("fl-*")) <= folders
+    assert memory[-1] < memory[4] * 1.1 + 4 * 2**20, [one >> 20 for one in memory]
+
+
+def agents_memory(state: Path) -> int:
+    """What the agents of this state folder have for themselves; engines come and go."""
+    agents = [one for one in of(state) if "launcher.agent" in one.cmdline()]
+    return sum(one.memory_full_info().uss for one in agents)
+
+
+def warnings_of(state: Path, name: str) -> set[str]:
+    """What the newest engine warned of on its leader, without times and pids."""
+    logs = (state / name / "runs").glob("*/*/nodes/n1/logs/g*.serve.log")
+    newest = max(logs, key=lambda file: file.stat().st_mtime)
+    found = re.findall(r"WARNING \S+ \S+ (.+)", newest.read_text(errors="replace"))
+    return {re.sub(r"\d+", "N", line) for line in found}
