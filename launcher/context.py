@@ -9,7 +9,7 @@ from inventory import nodeset
 from launcher import __version__, cordons, render
 from launcher.backends import make_backend
 from launcher.backends.base import Allocation, Backend
-from launcher.documents import AgentConfig, Park
+from launcher.documents import AgentConfig, ModelPlace, Park
 from launcher.errors import CapacityError, StateError
 from launcher.layout import choose_layout
 from launcher.model_folder import read_model_facts
@@ -21,6 +21,8 @@ from launcher.steps import Context
 
 # What clients, the gateway and the controller know; no node needs it.
 SECRETS_KEPT_HERE = ("api_key", "fallback_key", WEBHOOK_FILE)
+# What says where huggingface_hub keeps its cache.
+_HUB_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def make_allocation(
         package_version=__version__,
         orphan_timeout_s=spec.limits.orphan,
         cache_folder=str(state_root() / "cache") if backend != "ssh" else "",
+        model=model_place(spec),
     )
     return Allocation(
         fleet=spec.name,
@@ -69,6 +72,20 @@ def make_allocation(
             for name, value in read_secrets(paths.secrets).items()
             if name not in SECRETS_KEPT_HERE
         },
+    )
+
+
+def model_place(spec: FleetSpec) -> ModelPlace:
+    """Where the engine will look for its weights."""
+    arguments = {
+        key.lstrip("-").replace("_", "-"): value for key, value in spec.engine.args.items()
+    }
+    return ModelPlace(
+        model=spec.model,
+        revision=spec.revision or "",
+        download_folder=str(arguments.get("download-dir") or ""),
+        environment={name: spec.env[name] for name in _HUB_VARIABLES if name in spec.env},
+        in_container=spec.runtime.pyxis is not None,
     )
 
 

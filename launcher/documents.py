@@ -31,6 +31,18 @@ class Document(BaseModel):
     version: Annotated[int, Field(ge=1)] = 1
 
 
+class ModelPlace(BaseModel):
+    """Where an engine of this fleet finds its weights, as far as the spec says. in_container: a
+    hub's cache that only the engine sees."""
+
+    model_config = ConfigDict(frozen=True)
+    model: str
+    revision: str = ""
+    download_folder: str = ""
+    environment: dict[str, str] = Field(default_factory=dict)
+    in_container: bool = False
+
+
 class AgentConfig(Document):
     """agent.json: what every agent of one allocation needs before its first assignment."""
 
@@ -40,6 +52,7 @@ class AgentConfig(Document):
     orphan_timeout_s: int
     addresses: dict[str, str] = Field(default_factory=dict)
     cache_folder: str = ""
+    model: ModelPlace | None = None
 
 
 class NetAddress(BaseModel):
@@ -179,6 +192,27 @@ class Parked(BaseModel):
     reason: str = ""
 
 
+class Weights(BaseModel):
+    """The model's weights as a node has them. None is unknown, and `reason` says why. missing:
+    what should be there and is not. disk_bytes is less than total_bytes where files have holes or
+    are compressed."""
+
+    model_config = ConfigDict(frozen=True)
+    at: float
+    folder: str = ""
+    total_bytes: int | None = None
+    disk_bytes: int | None = None
+    file_system: str = ""
+    over_network: bool | None = None
+    page_cache_bytes: int | None = None
+    missing: str = ""
+    reason: str = ""
+
+    @property
+    def is_all_cached(self) -> bool:
+        return bool(self.total_bytes) and self.page_cache_bytes == self.total_bytes
+
+
 class MemberReport(BaseModel):
     """What became of the member that was assigned."""
 
@@ -218,4 +252,5 @@ class Report(Document):
     reach: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     member: MemberReport | None = None
     parked: Parked | None = None
+    weights: Weights | None = None
     evidence: Evidence | None = None

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from launcher.documents import Document, Parked
+from launcher.documents import Document, Parked, Weights
 from launcher.errors import FleetError
 from launcher.fitness import doubts
 from launcher.record import AllocationRecord, Failure, ReplicaRecord, RunRecord, Seat
@@ -21,6 +21,7 @@ class NodeStatus(BaseModel):
     waiting_for: str = ""
     lost_since: float | None = None
     parked: Parked | None = None  # the engine process that is ready for the next start
+    weights: Weights | None = None
     started: str = ""  # how the engine that runs now was started
     ray_workers: str = ""  # how many of them were parked, how many started plainly, and why
     doubts: list[str] = Field(default_factory=list)
@@ -53,6 +54,7 @@ class SpareStatus(BaseModel):
     allocation_ends_at: float | None = None
     since: float | None = None
     parked: Parked | None = None
+    weights: Weights | None = None
     doubts: list[str] = Field(default_factory=list)
 
 
@@ -310,6 +312,7 @@ def _spare(held: AllocationRecord, seat: Seat, snapshot: Snapshot) -> SpareStatu
         allocation_ends_at=view.ends_at,
         since=report.since if report else held.running_at,
         parked=report.parked if report else None,
+        weights=report.weights if report else None,
         doubts=doubts(latest) if latest else [],
     )
 
@@ -329,6 +332,7 @@ def _node(record: ReplicaRecord, rank: int, node: str, view: NodeView) -> NodeSt
         since=report.since,
         waiting_for=report.member.waiting_for if report.member else "",
         parked=report.parked,
+        weights=report.weights,
         started=report.member.started if report.member else "",
         ray_workers=report.member.ray_workers if report.member else "",
         doubts=doubts(latest) if (latest := report.health or report.facts) else [],

@@ -47,9 +47,14 @@ def network_mounts(mounts: Path = Path("/proc/self/mounts")) -> list[tuple[str, 
     with contextlib.suppress(OSError):
         for line in mounts.read_text().splitlines():
             words = line.split()
-            if len(words) > 2 and (words[2] in NETWORK_TYPES or words[2].startswith("fuse.")):
+            if len(words) > 2 and is_over_network(words[2]):
                 found.append((words[1].encode().decode("unicode_escape"), words[2]))
     return found
+
+
+def is_over_network(kind: str) -> bool:
+    """Whether a mount of this type is another machine's, or a user's daemon's, which may be."""
+    return kind in NETWORK_TYPES or kind.startswith("fuse.")
 
 
 def time_mount(path: str) -> float:

@@ -17,6 +17,7 @@ from launcher.agent.parking import Parking
 from launcher.agent.surroundings import Surroundings, clean_environment
 from launcher.agent.sweep import sweep
 from launcher.agent.upkeep import Upkeep
+from launcher.agent.weights import Stage, WeightsWatch
 from launcher.documents import (
     AgentConfig,
     Assignment,
@@ -55,6 +56,7 @@ class Agent:
         self.mark = f"{config.mark}/{node}"
         self.reaper = processes.Reaper()
         self.parking = Parking(self.reaper, self._surroundings)
+        self.weights = WeightsWatch(self.reaper, config.model, clean_environment(), self.mark)
         address = config.addresses.get(node, "0.0.0.0")
         self.heart = Heart(self.secrets["agent_token"].encode(), address, self._on_loss)
         self.addresses = own_addresses(config.addresses.get(node))
@@ -96,7 +98,7 @@ class Agent:
             self._take_loss(self.engine)  # before the exits that it causes are seen
             self.engine.poll()
             self._after_poll(self.engine)
-        self._park()
+        self._keep_warm()
         ended = self._is_over()
         self._report("stopped" if ended else self._phase())
         return ended
@@ -138,8 +140,9 @@ class Agent:
             address = self.config.addresses.get(self.node, "0.0.0.0")
             self.watch.preflight(new.revision, new.checks, address, self.paths.root)
 
-    def _park(self) -> None:
-        """Keep an engine process ready, unless this node is to end or has no time for it."""
+    def _keep_warm(self) -> None:
+        """Keep an engine process ready, unless this node is to end or has no time for it; and
+        look what else is warm."""
         order = self.assignment
         if self._ordered_to_end or order is None or order.goal == "stopped" or self._is_over():
             self.parking.end()
@@ -148,6 +151,10 @@ class Agent:
         self.parking.want(order.park)
         is_serving = engine is not None and engine.is_serving and not engine.is_stopping
         self.parking.turn(time.monotonic(), idle=engine is None, serving=is_serving)
+        stage: Stage = "idle"
+        if engine is not None:
+            stage = "serving" if engine.is_serving else "starting"
+        self.weights.turn(time.monotonic(), stage)
 
     def _drill(self, new: Assignment, before: Assignment) -> None:
         """The order is the same but for a fault. An agent that begins with it inflicts none: it
@@ -253,6 +260,7 @@ class Agent:
             reach=self.heart.reach_found(),
             member=self._member_report(),
             parked=self.parking.parked,
+            weights=self.weights.found,
             evidence=self.evidence,
         )
         now = time.monotonic()

@@ -79,6 +79,14 @@ def span(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
+def size(count: int) -> str:
+    """812 B, 12.1 MiB or 131.4 GiB."""
+    for unit, name in ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} B"
+
+
 def write_crash() -> str:
     """The present traceback in a file, for a report; where it lies."""
     handle, name = tempfile.mkstemp(prefix="launcher-crash-", suffix=".txt", text=True)

@@ -1,6 +1,7 @@
 """The screens: a fleet's status, the list of fleets, a plan. Pure: data in, text out."""
 
 from inventory import nodeset
+from launcher.cli import weights
 from launcher.cli.output import ago, span, table
 from launcher.context import Ground
 from launcher.figures import Load
@@ -86,7 +87,7 @@ def _events(status: Status, now: float, *, with_story: bool = True) -> list[str]
     for spare in status.spares:
         for doubt in spare.doubts if status.phase != "stopped" else ():
             doubtful.setdefault(doubt, []).append(spare.node or spare.name)
-    lines += _parked(status)
+    lines += [*_parked(status), *weights.lines(status)]
     lines += [f"doubtful {nodeset.fold(names)}: {doubt}" for doubt, names in doubtful.items()]
     for held in status.cordoned:
         word = "quarantined" if held.kind == "quarantine" else "cordoned"
