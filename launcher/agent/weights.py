@@ -21,7 +21,7 @@ from launcher.documents import ModelPlace, Weights
 
 Stage = Literal["idle", "starting", "serving"]
 WITHIN_S = 20.0
-EVERY_S: dict[Stage, float] = {"idle": 300.0, "starting": 30.0, "serving": 300.0}
+EVERY_S = 300.0
 REST_FACTOR = 100  # a look that takes long is rarer
 _PROGRAM = [sys.executable, "-I", "-S", str(Path(weighing.__file__))]
 
@@ -42,20 +42,18 @@ class WeightsWatch:
         self.found: Weights | None = None
 
     def turn(self, now: float, stage: Stage) -> None:
-        """Look if it is time: at first, every few minutes, when an engine begins to serve. What
-        it reads meanwhile no earlier look has seen; so that is forgotten when it starts."""
+        """Look if it is time: at first, every few minutes, when an engine begins to serve. While
+        it starts it reads them, and what is cached would be told too late."""
         if stage != self._stage:
-            self._stage = stage
-            self._next_at = now
+            self._stage, self._next_at = stage, now
             if stage == "starting":
-                self._next_at += EVERY_S[stage]
                 self._forget_page_cache()
-        if self._place is None or now < self._next_at or self.is_looking:
+        if self._place is None or stage == "starting" or now < self._next_at or self.is_looking:
             return
-        pause_s = max(EVERY_S[stage], self._took_s * REST_FACTOR)
+        pause_s = max(EVERY_S, self._took_s * REST_FACTOR)
         self._next_at = now + pause_s * random.uniform(1.0, 1.2)
         self._thread = threading.Thread(
-            target=self._look, args=(self._place, stage), name="weights", daemon=True
+            target=self._look, args=(self._place,), name="weights", daemon=True
         )
         self._thread.start()
 
@@ -69,7 +67,7 @@ class WeightsWatch:
             update = {"page_cache_bytes": None, "reason": "the engine is reading them"}
             self.found = found.model_copy(update=update)
 
-    def _look(self, place: ModelPlace, stage: Stage) -> None:
+    def _look(self, place: ModelPlace) -> None:
         if place.in_container and not place.model.startswith("/"):
             reason = "the hub's cache is inside the engine's container"
             self.found = Weights(at=time.time(), reason=reason)
@@ -84,7 +82,7 @@ class WeightsWatch:
         said, broken = _asked(child, place)
         self._took_s = time.monotonic() - began
         self.found = _parsed(said, broken)
-        if self._stage == "starting" != stage:
+        if self._stage == "starting":
             self._forget_page_cache()
         child.wait()
         self._reaper.reserved.discard(child.pid)
