@@ -189,7 +189,7 @@ def remember(record: RunRecord, step: Step, now: float) -> RunRecord:
 def _changes(replica: ReplicaRecord, step: Step, now: float) -> dict[str, Any]:
     match step:
         case Sit(seats=seats):
-            return {"seats": seats, "running_at": None}
+            return {"seats": seats, "running_at": None, "agents_at": None}
         case Interrupt(incident=incident, not_before=not_before, story=story):
             asked = int(incident.code == "asked")
             return {

@@ -73,7 +73,8 @@ class Controller:
         record = read_record(self.paths, self.wish.run)
         if record is None:
             before = read_record(self.paths, self.wish.run - 1)
-            record = new_record(ground.context, self.wish.run, before, time.time())
+            asked_at = self.wish.asked_at
+            record = new_record(ground.context, self.wish.run, before, time.time(), asked_at)
         store = DiskStore(self.run_paths, ground.backend.kind)
         executor = Executor(ground, record, store)
         traffic = Traffic(self.paths, self.spec, self.run_paths.spec, self.journal)

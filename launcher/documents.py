@@ -225,8 +225,10 @@ class MemberReport(BaseModel):
     first_token_at: float | None = None
     waiting_for: str = ""
     started: str = ""  # "parked", "plain", or "plain: " and why it was not the parked process
+    begun_at: float | None = None  # when its order was taken up
     started_at: float | None = None
     ray_workers: str = ""  # how many were parked, how many started plainly, and why
+    parked: Parked | None = None  # the process that it became, as it was before
     rehearsed: str | None = None  # what the collective check printed, once it has ended
     suspects: tuple[str, ...] = ()  # processes of the engine that stand still, in words
 

@@ -41,10 +41,13 @@ class Begun:
     since: float = 0.0  # an older status was left by a controller that is no more
 
 
-def begin(spec: FleetSpec, ground: Ground, *, drives: bool = False) -> Begun:
+def begin(
+    spec: FleetSpec, ground: Ground, *, drives: bool = False, asked_at: float | None = None
+) -> Begun:
     """Bring a fleet up, or join the run that already does. Raises before anything is started.
 
-    drives: the caller becomes its controller; no other one is started.
+    drives: the caller becomes its controller; no other one is started. asked_at: when the command
+    began, from which a new run counts.
     """
     paths = FleetPaths.of(spec.name)
     make_private(paths.root)
@@ -72,7 +75,7 @@ def begin(spec: FleetSpec, ground: Ground, *, drives: bool = False) -> Begun:
     secretstore.provide(spec, paths.secrets)
     make_private(paths.run(run).root)
     write_document(paths.run(run).spec, spec)
-    wish = write_wish(paths, run, "up")
+    wish = write_wish(paths, run, "up", asked_at)
     since = start(paths, wish)
     _rotate(paths, run)
     return Begun(paths, wish, adopted=False, since=since)

@@ -99,6 +99,7 @@ class ReplicaRecord(BaseModel):
     seats: tuple[Seat, ...] = ()  # in rank order; the first is the leader
     requested_at: float | None = None
     running_at: float | None = None  # all seats are taken
+    agents_at: float | None = None  # their agents are up
     ranked_at: float | None = None
     serving_at: float | None = None
     served: bool = False  # in any generation of this run
@@ -132,10 +133,12 @@ class ReplicaRecord(BaseModel):
 
 class RunRecord(Document):
     """One run of a fleet. counts: allocations by owner, over the fleet's whole life. seen_at: the
-    latest time that is in here; the next controller's clock does not begin before it."""
+    latest time that is in here; the next controller's clock does not begin before it. asked_at:
+    when the command began that asked for this run, by its own clock."""
 
     run: int
     started_at: float
+    asked_at: float | None = None
     seen_at: float = 0.0
     replicas: dict[str, ReplicaRecord] = Field(default_factory=dict)
     allocations: dict[str, AllocationRecord] = Field(default_factory=dict)

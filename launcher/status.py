@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 from launcher.documents import Document, Parked, Weights
 from launcher.errors import FleetError
 from launcher.fitness import doubts
+from launcher.phases import Phase, phases_of
 from launcher.record import AllocationRecord, Failure, ReplicaRecord, RunRecord, Seat
 from launcher.snapshot import NOTHING, NodeView, Snapshot
 from launcher.spec import FleetSpec
@@ -38,6 +39,7 @@ class ReplicaStatus(BaseModel):
     expected_start: float | None = None
     since: float | None = None
     timings_s: dict[str, float] = Field(default_factory=dict)
+    phases: list[Phase] = Field(default_factory=list)  # of the present generation
     failure: Failure | None = None
     leftover: str = ""
     restarts_asked: int = 0  # by a person, as far as they were taken up
@@ -276,6 +278,7 @@ def _replica(replica: ReplicaRecord, record: RunRecord, snapshot: Snapshot) -> R
         timings_s={
             name: round(at - began, 2) for name, at in marks.items() if at is not None and began
         },
+        phases=phases_of(replica, record, snapshot),
         failure=replica.failure,
         leftover="; ".join(leftovers),
         restarts_asked=replica.restarts_asked,

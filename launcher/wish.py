@@ -23,7 +23,8 @@ DRILLS_KEPT = 20
 class Wish(Document):
     """wish.json: this run, up or down. restarts: how often each replica was asked to restart.
 
-    drills: faults that were asked for; the controller remembers which it took up.
+    drills: faults that were asked for; the controller remembers which it took up. asked_at: when
+    the command began that made this run.
     """
 
     run: int
@@ -31,6 +32,7 @@ class Wish(Document):
     at: float
     restarts: dict[str, int] = Field(default_factory=dict)
     drills: tuple[Drill, ...] = ()
+    asked_at: float | None = None
 
 
 class Driver(Document):
@@ -52,8 +54,10 @@ def read_wish(paths: FleetPaths) -> Wish | None:
     return read_document(paths.wish, Wish)
 
 
-def write_wish(paths: FleetPaths, run: int, desired: Literal["up", "down"]) -> Wish:
-    wish = Wish(run=run, desired=desired, at=time.time())
+def write_wish(
+    paths: FleetPaths, run: int, desired: Literal["up", "down"], asked_at: float | None = None
+) -> Wish:
+    wish = Wish(run=run, desired=desired, at=time.time(), asked_at=asked_at)
     with _changing(paths):
         write_document(paths.wish, wish)
     return wish

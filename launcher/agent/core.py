@@ -293,8 +293,10 @@ class Agent:
             first_token_at=ready,
             waiting_for=self.engine.waiting_for,
             started=self.engine.started,
+            begun_at=self.engine.begun_at,
             started_at=self.engine.started_at,
             ray_workers=self.engine.ray_workers,
+            parked=self.engine.parked,
             rehearsed=self.engine.rehearsed,
             suspects=self.engine.suspects,
         )

@@ -28,7 +28,7 @@ from launcher.agent.segments import Segments
 from launcher.agent.surroundings import Surroundings, own_ports, scratch_folder
 from launcher.agent.suspects import Suspects
 from launcher.agent.waiting import Start
-from launcher.documents import Command, Evidence, Member
+from launcher.documents import Command, Evidence, Member, Parked
 from launcher.files import make_private, read_tail, write_text
 from launcher.paths import NodePaths
 from launcher.ports import to_check
@@ -55,7 +55,9 @@ class Engine:
     has_gpus: bool = False
     parking: Parking | None = None
     started: str = ""  # how its last command came to be: see MemberReport
+    begun_at: float | None = None
     started_at: float | None = None
+    parked: Parked | None = None  # what it was started from
     evidence: Evidence | None = None
     gone: bool = False
     probe: TokenProbe | None = None
@@ -86,7 +88,7 @@ class Engine:
     def start(self) -> None:
         """Prove the ports free, hold the guard port, start every command that waits for none."""
         member = self.member
-        self._started_at = time.monotonic()
+        self._started_at, self.begun_at = time.monotonic(), time.time()
         ports = to_check(own_ports(member), leader=member.rank == 0)
         busy = busy_ports(member.address, ports)
         if busy:
@@ -237,6 +239,7 @@ class Engine:
                 return None
             if isinstance(found, Adopted):
                 self.started, self._adopted_mark = "parked", found.mark
+                self.parked = found.parked
                 return found.child
             why = f": {found}"
         self.started = f"plain{why}"

@@ -34,6 +34,7 @@ class Adopted:
 
     child: subprocess.Popen[bytes]
     mark: str
+    parked: Parked | None
 
 
 @dataclass
@@ -200,9 +201,10 @@ class Parking:
                 return None
             return self._drop("it did not take its order")
         process.let_go()
+        adopted = Adopted(process.child, process.mark, self.parked)
         self._process, self._again_at = None, 0.0
         self._tell_none("")
-        return Adopted(process.child, process.mark)
+        return adopted
 
     def _lost(self, process: Waiting, now: float) -> None:
         code = process.child.returncode

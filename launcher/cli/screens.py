@@ -5,6 +5,7 @@ from launcher.cli import weights
 from launcher.cli.output import ago, span, table
 from launcher.context import Ground
 from launcher.figures import Load
+from launcher.phases import longest
 from launcher.status import ReplicaStatus, Status
 
 
@@ -109,6 +110,26 @@ def _parked(status: Status) -> list[str]:
             words = "parked on" if parked.state == "ready" else "parking on"
             told.setdefault((words, ""), []).append(name)
     return [f"{words} {nodeset.fold(names)}{why}" for (words, why), names in sorted(told.items())]
+
+
+def timing_lines(status: Status) -> str:
+    """After how long the last replica had its first token, and what that time went into."""
+    last = max(status.replicas, key=_first_token_s)
+    took = _seconds(longest(last.phases, beside=False))
+    also = _seconds(longest(last.phases, beside=True))
+    return f"first token after {_first_token_s(last):.0f} s\nphases: {took}" + (
+        f"; beside them: {also}" if also else ""
+    )
+
+
+def _seconds(phases: dict[str, float]) -> str:
+    told = (f"{name.replace('_', ' ')} {seconds:.1f} s" for name, seconds in phases.items())
+    return ", ".join(told)
+
+
+def _first_token_s(replica: ReplicaStatus) -> float:
+    tokens = [one for one in replica.phases if one.name == "first_token"]
+    return max((one.began_s + (one.took_s or 0.0) for one in tokens), default=0.0)
 
 
 def fleets_screen(statuses: list[Status], now: float) -> str:

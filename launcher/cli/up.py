@@ -1,6 +1,7 @@
 """`launcher up` and `launcher down`: wish, watch, and say how it went."""
 
 import getpass
+import os
 import socket
 import sys
 import threading
@@ -25,6 +26,7 @@ def up(
     file: Path | None, flags: dict[str, Any], *, wait: bool, foreground: bool, as_json: bool
 ) -> int:
     """Bring the fleet up and stay until it serves or has failed; in the foreground, to its end."""
+    asked_at = _began_at()
     loaded = load(file, flags)
     spec = loaded.spec
     check_model_folder(spec)
@@ -32,7 +34,7 @@ def up(
     # A run that is there is joined, also while a host of it is away.
     ground = make_ground(spec, paths, check=not fleets.is_up(paths))
     output.say(screens.plan_screen(ground))
-    begun = fleets.begin(spec, ground, drives=foreground)
+    begun = fleets.begin(spec, ground, drives=foreground, asked_at=asked_at)
     output.say(f"{'joined' if begun.adopted else 'started'} run {begun.wish.run} of {spec.name}")
     if foreground:
         return _drive_here(begun, as_json)
@@ -104,6 +106,16 @@ def _drive_here(begun: fleets.Begun, as_json: bool) -> int:
     return status.exit_code
 
 
+def _began_at() -> float:
+    """When this command began, its imports included; now, where the system does not tell."""
+    try:
+        row = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
+        began_s = int(row.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - began_s)
+    except (OSError, ValueError, IndexError, AttributeError):
+        return time.time()
+
+
 def _first_status(begun: fleets.Begun) -> Status:
     for status in fleets.watch(begun.paths, begun.wish, begun.since):
         if status is not None:
@@ -131,9 +143,8 @@ def _print(status: Status, as_json: bool) -> None:
 
 def _tell_how_to_use(status: Status, adopted: bool) -> None:
     host, port = (status.endpoint or "").partition("://")[2].removesuffix("/v1").split(":")
-    longest = max((r.timings_s.get("first_token", 0.0) for r in status.replicas), default=0.0)
     if not adopted:
-        output.say(f"first token after {longest:.0f} s")
+        output.say(screens.timing_lines(status))
     output.say(f"key:    {status.api_key_file}")
     output.say(
         f"try:    curl {status.endpoint}/chat/completions -H 'Content-Type: application/json' "

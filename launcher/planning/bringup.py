@@ -24,6 +24,8 @@ def bring_up(draft: Draft, replica: ReplicaRecord) -> None:
     if missing := [seat for seat in replica.seats if seat.node not in reports]:
         _await_agents(draft, replica, missing)
         return
+    if replica.agents_at is None:
+        draft.do(Note(replica.name, {"agents_at": now}))
     peers = {seat: _peers(replica, seat, reports) for seat in replica.seats}
     if untold := [seat for seat in replica.seats if not _is_told(draft, seat, peers[seat])]:
         draft.do(*(_look_at(draft, replica, seat, reports, peers[seat]) for seat in untold))

@@ -107,6 +107,7 @@ def clear(draft: Draft, replica: ReplicaRecord) -> None:
         "ranked_at": None,
         "serving_at": None,
         "running_at": None,
+        "agents_at": None,
         "rehearses": False,
         "slots_tried": 0,
         "slot": (replica.slot + step) % SLOTS,

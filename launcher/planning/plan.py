@@ -30,7 +30,13 @@ def make_plan(context: Context, record: RunRecord, snapshot: Snapshot) -> Plan:
     return Plan(tuple(draft.steps), tuple(draft.waits), finished and not draft.steps)
 
 
-def new_record(context: Context, run: int, before: RunRecord | None, now: float) -> RunRecord:
+def new_record(
+    context: Context,
+    run: int,
+    before: RunRecord | None,
+    now: float,
+    asked_at: float | None = None,
+) -> RunRecord:
     """The record with which a run begins.
 
     Allocations and generations are counted over the fleet's life, so that no name is used twice.
@@ -46,7 +52,7 @@ def new_record(context: Context, run: int, before: RunRecord | None, now: float)
             generation=old.generation if old else 0,
         )
     counts = before.counts if before else {}
-    return RunRecord(run=run, started_at=now, replicas=replicas, counts=counts)
+    return RunRecord(run=run, started_at=now, asked_at=asked_at, replicas=replicas, counts=counts)
 
 
 def _plan_replica(draft: Draft, replica: ReplicaRecord) -> None:

@@ -23,6 +23,7 @@ PURE = [
     *("launcher/agent/lastwords.py", "launcher/agent/progress.py", "launcher/agent/handover.py"),
     *("launcher/figures.py", "launcher/notices.py", "launcher/succession.py"),
     *("launcher/drilling.py", "launcher/planning/drills.py", "launcher/backends/ssh_lines.py"),
+    "launcher/phases.py",
     *("launcher/gateway/documents.py", "launcher/gateway/choose.py", "launcher/gateway/tally.py"),
     *("launcher/gateway/events.py", "launcher/gateway/refusal.py", "launcher/gateway/members.py"),
     *("launcher/gateway/feed.py", "launcher/gateway/front.py", "launcher/gateway/metrics.py"),

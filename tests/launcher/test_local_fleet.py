@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -379,6 +380,31 @@ def test_events_tell_what_was_done_and_why(fleet):
         assert words in told, told
     rows = fleet.cli("events", "--fleet", fleet.name, "--json", "--limit", "3").stdout.splitlines()
     assert [set(json.loads(row)) >= {"at", "event"} for row in rows] == [True] * 3
+
+
+def test_status_tells_what_is_warm_and_up_what_took_how_long(fleet):
+    (Path(fleet.spec["model"]) / "model.safetensors").write_bytes(b"x" * 3 * 1024**2)
+    code, document, _ = fleet.up()
+    assert code == 0
+    phases = document["replicas"][0]["phases"]
+    ranks = [("engine", "n1"), ("engine", "n2"), ("first_token", "n1")]
+    together = [("command", None), ("allocation", None), ("preflight", None)]
+    assert {(one["name"], one["node"]) for one in phases} == {*together, *ranks}
+    assert phases[0]["name"] == "command"
+    assert phases[0]["began_s"] == 0
+    for one, after in pairwise(phases[:3]):
+        assert after["began_s"] == pytest.approx(one["began_s"] + one["took_s"], abs=0.02)
+    token = next(one for one in phases if one["name"] == "first_token")
+    assert token["began_s"] >= phases[2]["began_s"] + phases[2]["took_s"] - 0.02
+    assert all(one["clock_off_s"] == 0 for one in phases)
+
+    def weights() -> list[dict]:
+        return [node["weights"] for node in fleet.status()[1]["replicas"][0]["nodes"]]
+
+    assert eventually(lambda: all(weights()))
+    assert [one["total_bytes"] for one in weights()] == [3 * 1024**2] * 2
+    line = "weights of n[1-2]: 3.0 MiB on disk"
+    assert line in fleet.cli("status", "--fleet", fleet.name).stdout
 
 
 def test_an_archive_for_a_report_has_the_logs_and_no_secret(fleet, tmp_path):

@@ -156,6 +156,8 @@ def test_a_parked_process_becomes_what_the_start_script_would_have_started(groun
     assert [p.name() for p in ground.left()] == ["engine-parked"]
     found = ground.start()
     assert isinstance(found, Adopted)
+    assert found.parked is not None
+    assert found.parked.took_s
     assert eventually(lambda: "early" in ground.log()), ground.log()
     said = dict(line.split(" ", 1) for line in ground.log().splitlines())
     assert said["env"] == f"7001 test-{os.getpid()}/n1"
@@ -370,6 +372,10 @@ def test_a_fleet_starts_from_parked_processes_and_comes_again_from_the_next(
     def nodes() -> list[dict]:
         return fleet.status()[1]["replicas"][0]["nodes"]
 
+    def parks(phases: list[dict]) -> list[str]:
+        """Whose engine came from a process whose imports were over after some time."""
+        return sorted(one["node"] for one in phases if one["name"] == "park" and one["took_s"])
+
     def is_ready() -> bool:
         both = [*nodes(), *fleet.status()[1]["spares"]]
         return len(both) == 3 and all((n["parked"] or {}).get("state") == "ready" for n in both)
@@ -378,6 +384,7 @@ def test_a_fleet_starts_from_parked_processes_and_comes_again_from_the_next(
         code, document = fleet.up()
         assert code == 0, document["error"]
         assert [n["started"] for n in document["replicas"][0]["nodes"]] == ["parked"] * 2
+        assert parks(document["replicas"][0]["phases"]) == ["n1", "n2"]
         assert eventually(is_ready), nodes()
         text = fleet.cli("status", "--fleet", fleet_name).stdout
         assert "parked on n[1-3]" in text
@@ -392,6 +399,10 @@ def test_a_fleet_starts_from_parked_processes_and_comes_again_from_the_next(
 
         assert eventually(is_back, 60), fleet.status()
         assert [n["started"] for n in nodes()] == ["parked"] * 2
+        again = fleet.status()[1]["replicas"][0]["phases"]
+        assert parks(again) == sorted(node["node"] for node in nodes())
+        begun = {phase["name"]: phase["began_s"] for phase in again}
+        assert begun["park"] < 0 == begun["allocation"], "parked beside the generation before"
     finally:
         assert fleet.down() == 0
     assert waiting() == []

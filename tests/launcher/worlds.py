@@ -71,7 +71,8 @@ def held(name="r1.a1", nodes=("h1", "h2"), **changes) -> AllocationRecord:
 def begun(context: Context, *more: AllocationRecord, assignments=None, **changes) -> RunRecord:
     """A run whose first replica sits on h1 and h2."""
     record = new_record(context, 1, None, NOW)
-    values = {"seats": seats("h1", "h2"), "requested_at": NOW, "running_at": NOW, **changes}
+    times = dict.fromkeys(("requested_at", "running_at", "agents_at"), NOW)
+    values = {"seats": seats("h1", "h2"), **times, **changes}
     replica = record.replicas["r1"].model_copy(update=values)
     allocations = [held(assignments=assignments or {}), *more]
     return record.model_copy(
