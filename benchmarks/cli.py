@@ -3,18 +3,18 @@
 python benchmarks/cli.py [--rounds 15] [--json]
 """
 
-import argparse
-import json
+import functools
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-LAUNCHER = str(Path(sys.executable).with_name("launcher"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import LAUNCHER, alternate, document, options, scratch, show
+
 BARE = """
 import typer
 app = typer.Typer()
@@ -31,41 +31,35 @@ app()
 """
 
 
-def timed(command: list[str], environment: dict[str, str]) -> float:
+def timed(name: str, command: list[str], environment: dict[str, str]) -> dict[str, float]:
     began = time.perf_counter()
     subprocess.run(command, env=environment, capture_output=True, check=False)
-    return time.perf_counter() - began
+    return {name: time.perf_counter() - began}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "bare.py").write_text(BARE)
-        environment = {**os.environ, "LAUNCHER_STATE_DIR": folder}
-        write_status(Path(folder))
+    arguments = options(__doc__, rounds=15).parse_args()
+    with scratch() as folder:
+        (folder / "bare.py").write_text(BARE)
+        environment = {**os.environ, "LAUNCHER_STATE_DIR": str(folder)}
+        write_status(folder)
         commands = {
             "bare": [sys.executable, f"{folder}/bare.py", "--help"],
             "launcher --help": [LAUNCHER, "--help"],
             "launcher status": [LAUNCHER, "status", "--fleet", "bench"],
         }
-        figures: dict[str, list[float]] = {name: [] for name in commands}
-        for _ in range(arguments.rounds + 1):
-            for name, command in commands.items():
-                figures[name].append(timed(command, environment))
-    medians = {name: statistics.median(values[1:]) for name, values in figures.items()}
+        measures = [functools.partial(timed, *one, environment) for one in commands.items()]
+        figures = alternate(measures, arguments.rounds)
+    medians = {name: statistics.median(values) for name, values in figures.items()}
     rows = [
         row("launcher --help", "bare", medians, 1.5),
         row("launcher status", "launcher --help", medians, 2.0),
     ]
-    document = {"benchmark": "cli", "date": date.today().isoformat(), "rows": rows}  # noqa: DTZ011
-    if arguments.json:
-        print(json.dumps(document, indent=1))
-    else:
-        for one in rows:
-            print(f"{one['command']}: {one['median_s']} s, {one['ratio']} of {one['against']}")
+    told = [
+        f"{one['command']}: {one['median_s']} s, {one['ratio']} of {one['against']}"
+        for one in rows
+    ]
+    show(document("cli", rows=rows), "\n".join(told), as_json=arguments.json)
     return 0
 
 

@@ -10,22 +10,19 @@ each other only. In the fault table a request is lost when its client gets an er
 token yet, begun when tokens had come, stuck when there was no end within eight seconds.
 """
 
-import argparse
 import json
-import platform
 import statistics
 import sys
 import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import psutil
 import uvloop
 
 from benchmarks import gateway_peers
+from benchmarks.common import document, options, say, show
 from benchmarks.gateway_load import Outcome, closed_loop, open_loop
 from benchmarks.gateway_peers import PEERS, Both, Peer
 from launcher.gateway.members import in_flight
@@ -257,21 +254,16 @@ def ratios(results: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--only", nargs="*", help="names of gateways, or the beginning of one")
     parser.add_argument("--fault", nargs="*", help="names of faults, or the beginning of one")
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--no-faults", action="store_true")
     parser.add_argument("--no-overhead", action="store_true")
     parser.add_argument("--churn", type=float, help="seconds of coming and going instead")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    document: dict[str, object] = {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
     if arguments.churn:
-        document["churn"] = churn(arguments.churn)
-        show(document, as_json=arguments.json)
+        tell(document("gateway", churn=churn(arguments.churn)), as_json=arguments.json)
         return 0
     gateway_peers.install()
     chosen = [k for k in PEERS if not arguments.only or k.name.startswith(tuple(arguments.only))]
@@ -291,24 +283,13 @@ def main() -> int:
             if kind.name != "direct":
                 faults[name][kind.name] = fault(kind, name)
                 say(f"{name}: {kind.name}: {faults[name][kind.name]}")
-    document |= {"results": results, "ratios": ratios(results), "faults": faults}
-    show(document, as_json=arguments.json)
+    found = document("gateway", results=results, ratios=ratios(results), faults=faults)
+    tell(found, as_json=arguments.json)
     return 0
 
 
-def show(document: dict[str, object], *, as_json: bool) -> None:
-    print(json.dumps(document, indent=1 if as_json else None))
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def machine() -> str:
-    memory = psutil.virtual_memory().total / 2**30
-    return (
-        f"{psutil.cpu_count()} cores, {memory:.0f} GiB, {platform.system()} {platform.release()}"
-    )
+def tell(found: dict[str, object], *, as_json: bool) -> None:
+    show(found, json.dumps(found), as_json=as_json)
 
 
 if __name__ == "__main__":

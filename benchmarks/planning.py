@@ -5,14 +5,17 @@ situations: everything serves; a tenth of the nodes was lost at once; nothing is
 and linter are measured, the snapshot is made beforehand. The bound is one second.
 """
 
-import argparse
-import json
 import os
 import platform
 import resource
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import options, show
 from launcher.check import lint
 from launcher.documents import Assignment, MemberReport
 from launcher.planning import make_plan, new_record
@@ -26,9 +29,7 @@ BOUND_S = 1.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    as_json = parser.parse_args().json
+    as_json = options(__doc__).parse_args().json
     rows = []
     for kind in ("ssh", "slurm"):
         context = fleet(kind)
@@ -41,17 +42,17 @@ def main() -> None:
         rows.append(measure(kind, "a tenth was lost", context, record, without_a_tenth(seen)))
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    if as_json:
-        told = {"rows": rows, "bound_s": BOUND_S, "peak_mib": round(peak_mib), "machine": machine}
-        print(json.dumps({"version": 1, **told}, indent=1))
-        return
-    print(f"{REPLICAS} replicas of {SIZE} nodes and {SPARES} spares; {machine}")
-    for row in rows:
-        print(
+    found = {"rows": rows, "bound_s": BOUND_S, "peak_mib": round(peak_mib), "machine": machine}
+    told = [
+        f"{REPLICAS} replicas of {SIZE} nodes and {SPARES} spares; {machine}",
+        *(
             f"  {row['backend']:6} {row['situation']:22} {row['seconds']:6.3f} s "
             f"({row['ratio']:.2f} of the bound), {row['steps']} steps"
-        )
-    print(f"  peak memory {peak_mib:.0f} MiB, with record and snapshot")
+            for row in rows
+        ),
+        f"  peak memory {peak_mib:.0f} MiB, with record and snapshot",
+    ]
+    show({"version": 1, **found}, "\n".join(told), as_json=as_json)
 
 
 def measure(

@@ -8,22 +8,18 @@ continuous checks is the CPU time of the passive level on a node of eight simula
 period in which an agent repeats it.
 """
 
-import argparse
+import functools
 import json
 import os
-import platform
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.common import LAUNCHER, ROOT, alternate, document, options, scratch, show
 from launcher.agent.checks import PASSIVE_EVERY_S
 from launcher.backends.ssh_lines import INSTALL_FOLDER
 from tests.cluster import bed, hardware
@@ -32,21 +28,21 @@ FAN_OUT = 32
 LOOKS = 20
 
 
-def by_launcher(spec: Path, state: Path) -> float:
+def by_launcher(spec: Path, state: Path) -> dict[str, float]:
     began = time.monotonic()
     subprocess.run(
         [
-            str(Path(sys.executable).with_name("launcher")),
+            LAUNCHER,
             *("preflight", "-f", str(spec), "--level", "passive", "--json"),
         ],
         env={**os.environ, "LAUNCHER_STATE_DIR": str(state)},
         check=True,
         capture_output=True,
     )
-    return time.monotonic() - began
+    return {"launcher_s": round(time.monotonic() - began, 2)}
 
 
-def by_clush(hosts: int) -> float:
+def by_clush(hosts: int) -> dict[str, float]:
     """The same program on the same hosts, its answers gathered here."""
     question = json.dumps({"level": "passive"})
     command = f"echo '{question}' | ~/{INSTALL_FOLDER}/venv/bin/python -m health.collect"
@@ -63,7 +59,7 @@ def by_clush(hosts: int) -> float:
     )
     took = time.monotonic() - began
     assert answer.stdout.count('"version":1') == hosts, answer.stdout[-500:] + answer.stderr[-500:]
-    return took
+    return {"clush_s": round(took, 2)}
 
 
 def continuous(folder: Path) -> dict[str, float]:
@@ -100,62 +96,41 @@ def continuous(folder: Path) -> dict[str, float]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hosts", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="launcher-bench-"))
-    cost = continuous(folder / "hardware")
+def fan_out(hosts: int, rounds: int, folder: Path) -> dict[str, list[float]]:
     bed.down()
-    bed.up(arguments.hosts, with_slurm=False)
+    bed.up(hosts, with_slurm=False)
     try:
         spec = folder / "fleet.yaml"
         spec.write_text(
-            f"name: bench\nmodel: org/model\nnodes: {arguments.hosts}\ngpus_per_node: 1\n"
-            f"parallelism: {{pipeline: {arguments.hosts}}}\n"
+            f"name: bench\nmodel: org/model\nnodes: {hosts}\ngpus_per_node: 1\n"
+            f"parallelism: {{pipeline: {hosts}}}\n"
             f"backend: {{ssh: {{inventory: {ROOT}/.testbed/inventory.yaml}}}}\n"
         )
-        subprocess.run(
-            [str(Path(sys.executable).with_name("launcher")), "bootstrap", "-f", str(spec)],
-            check=True,
-            capture_output=True,
-        )
-        figures: dict[str, list[float]] = {"clush_s": [], "launcher_s": []}
-        for number in range(arguments.rounds + 1):
-            for name, took in (
-                ("clush_s", by_clush(arguments.hosts)),
-                ("launcher_s", by_launcher(spec, folder / "state")),
-            ):
-                told = f"round {number}" if number else "warm-up"
-                print(f"{told} {name} {took:.1f}", file=sys.stderr)
-                if number:
-                    figures[name].append(round(took, 2))
+        command = [LAUNCHER, "bootstrap", "-f", str(spec)]
+        subprocess.run(command, check=True, capture_output=True)
+        ours = functools.partial(by_launcher, spec, folder / "state")
+        return alternate([functools.partial(by_clush, hosts), ours], rounds)
     finally:
         bed.down()
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> int:
+    parser = options(__doc__, rounds=3)
+    parser.add_argument("--hosts", type=int, default=64)
+    arguments = parser.parse_args()
+    with scratch() as folder:
+        cost = continuous(folder / "hardware")
+        figures = fan_out(arguments.hosts, arguments.rounds, folder)
     clush, ours = (statistics.median(figures[name]) for name in ("clush_s", "launcher_s"))
-    document = {
-        "benchmark": "preflight",
-        "date": date.today().isoformat(),  # noqa: DTZ011
-        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "hosts": arguments.hosts,
-        **figures,
-        "ratio_of_medians": round(ours / clush, 3),
-        "continuous": cost,
-    }
-    if arguments.json:
-        print(json.dumps(document, indent=1))
-    else:
-        print(
-            f"{arguments.hosts} hosts: clush {figures['clush_s']} s, launcher "
-            f"{figures['launcher_s']} s, ratio of medians {document['ratio_of_medians']}"
-        )
-        print(
-            f"continuous: {cost['cpu_s_of_a_look']} s CPU every {cost['period_s']:.0f} s, "
-            f"{cost['percent_of_a_core']} % of a core"
-        )
+    ratio = round(ours / clush, 3)
+    found = {**figures, "ratio_of_medians": ratio, "continuous": cost}
+    told = (
+        f"{arguments.hosts} hosts: clush {figures['clush_s']} s, launcher "
+        f"{figures['launcher_s']} s, ratio of medians {ratio}\n"
+        f"continuous: {cost['cpu_s_of_a_look']} s CPU every {cost['period_s']:.0f} s, "
+        f"{cost['percent_of_a_core']} % of a core"
+    )
+    show(document("preflight", hosts=arguments.hosts, **found), told, as_json=arguments.json)
     return 0
 
 
