@@ -6,24 +6,18 @@ ONLY selects: `matrix`, `bench`, `faults`, `gateway`, or a pytest -k expression 
 """
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from benchmarks.common import machine
 from benchmarks.gateway_page import page
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 BY_HAND = "<!-- measured by hand; kept by make acceptance -->"
-
-
-def machine() -> str:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1024**3
-    return f"{os.cpu_count()} cores, {memory} GiB, {platform.system()} {platform.release()}"
 
 
 def matrix(chosen: str) -> int:
@@ -52,20 +46,7 @@ def matrix(chosen: str) -> int:
 def benchmarks() -> int:
     """Each benchmark once, its figures as a table with the command that repeats it."""
     lines = [f"# Measurements, {_today()}", "", f"Machine: {machine()}.", ""]
-    lines += ["## From command to first token", "", "`python benchmarks/bringup.py [--fork]`", ""]
-    lines += [
-        "Two nodes on this machine, by hand and by `launcher up` in turns. Spawn is stock vLLM",
-        "on the CPU; fork is the plug-in's way: an engine up in ten seconds shows each of ours.",
-        "",
-        "| start | executor | by hand, s | `launcher up`, s | ratio of medians | bound |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for method, bound in (("", "1.10"), ("--fork", "none")):
-        for executor, row in _json("benchmarks/bringup.py", method)["results"].items():
-            hand, ours = (", ".join(map(str, row[name])) for name in ("by_hand_s", "launcher_s"))
-            start = method.removeprefix("--") or "spawn"
-            ratio = row["ratio_of_medians"]
-            lines += [f"| {start} | {executor} | {hand} | {ours} | {ratio} | {bound} |"]
+    lines += _bringup(_json("benchmarks/bringup.py"))
     command_line = _json("benchmarks/cli.py")
     lines += ["", "## The command line", "", "`python benchmarks/cli.py`", ""]
     lines += [
@@ -82,6 +63,26 @@ def benchmarks() -> int:
     kept = page.read_text().partition(BY_HAND)[2]
     page.write_text("\n".join(lines) + f"\n\n{BY_HAND}{kept}")
     return 0
+
+
+def _bringup(found: dict) -> list[str]:
+    lines = [
+        "## From command to first token",
+        "",
+        "`python benchmarks/bringup.py` (its `--help` says what each figure is)",
+        "",
+        "| executor | what | each round, s | against | each round, s | ratio of medians | bound |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for executor, figures in found["results"].items():
+        for row in figures["ratios"]:
+            of, against = row["of"], row["against"]
+            ours, theirs = (", ".join(map(str, figures[name])) for name in (of, against))
+            bound = row["bound"] or "none"
+            lines += [
+                f"| {executor} | {of} | {ours} | {against} | {theirs} | {row['ratio']} | {bound} |"
+            ]
+    return lines
 
 
 def _preflight(found: dict) -> list[str]:
@@ -103,7 +104,7 @@ def _preflight(found: dict) -> list[str]:
 
 def _json(script: str, *arguments: str) -> dict:
     result = subprocess.run(
-        [sys.executable, script, "--json", *filter(None, arguments)],
+        [sys.executable, script, "--json", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         check=True,

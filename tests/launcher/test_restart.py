@@ -1,10 +1,12 @@
 """`launcher restart`: one replica comes again while the others serve."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
 
+from benchmarks.engines import end_s
 from launcher.errors import UsageError
 from launcher.paths import FleetPaths
 from launcher.steps import Interrupt
@@ -44,6 +46,19 @@ def test_a_restart_in_order_costs_no_request(fleet):
     assert len(before & after) == len(before) // 2
     members = {m.name: m.goal for m in fleet.gateway.orders().members}
     assert members == {"r1.g2": "serving", "r2.g1": "serving"}
+
+
+def test_the_benchmark_reads_from_the_journal_how_long_the_old_generation_took_to_end(fleet):
+    assert fleet.up() == 0
+    began = time.monotonic()
+    assert restart(fleet, "r2")[0] == 0
+    took_s = time.monotonic() - began
+    told = fleet.cli("events", "--fleet", fleet.name, "--json").stdout.splitlines()
+    events = [json.loads(event) for event in told]
+    assert 0 < end_s(events) < took_s
+    ranked = [event for event in events if event.get("generation") == 2]
+    order = next(event for event in events if event["event"] == "interrupt")
+    assert order["at"] + end_s(events) <= ranked[0]["at"]
 
 
 def test_a_replica_that_was_given_up_comes_again_when_a_person_asks(fleet):
