@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -138,6 +139,8 @@ class Twin:
             order, files = _received(hook)
             if refused := self._variables.refused(order["environment"]):
                 self._note("plain", f"{', '.join(refused[:3])} changed since it was parked")
+            elif _has_gone_on(hook):
+                self._note("plain", "it was not answered in time")
             else:
                 pid = os.fork()
         except (OSError, ValueError, KeyError) as error:
@@ -212,6 +215,11 @@ def _received(hook: socket.socket) -> tuple[dict[str, Any], list[int]]:
     if len(files) != 3:
         raise ValueError("an order without its output")
     return json.loads(text), files
+
+
+def _has_gone_on(hook: socket.socket) -> bool:
+    """It waited too long for us, and is the worker itself by now; there must not be two."""
+    return bool(select.select([hook], [], [], 0.0)[0])  # it says no more: this is its end
 
 
 def _take_over(order: dict[str, Any], environment: dict[str, str]) -> list[str]:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from launcher.agent.processes import scratch_root
+from launcher.files import read_tail
 from tests.conftest import ROOT
 from tests.launcher.fleets import FleetUnderTest, ask, eventually, is_parked
 
@@ -183,8 +184,10 @@ def agents_memory(state: Path) -> int:
 
 
 def warnings_of(state: Path, name: str) -> set[str]:
-    """What the newest engine warned of on its leader, without times and pids."""
+    """What the newest engine warned of on its leader, its imports included, without numbers and
+    without how often Ray says that it was said."""
     logs = (state / name / "runs").glob("*/*/nodes/n1/logs/g*.serve.log")
     newest = max(logs, key=lambda file: file.stat().st_mtime)
-    found = re.findall(r"WARNING \S+ \S+ (.+)", newest.read_text(errors="replace"))
-    return {re.sub(r"\d+", "N", line) for line in found}
+    text = newest.read_text(errors="replace") + read_tail(newest.with_name("park.log"), 1 << 20)
+    found = re.findall(r"WARNING \S+ \S+ (.+)", text)
+    return {re.sub(r"\d+", "N", line.partition(" [repeated ")[0]) for line in found}

@@ -200,6 +200,14 @@ def test_a_start_that_comes_during_the_imports_waits_for_them(ground):
     assert isinstance(ground.start(wait_s=10), Adopted)
 
 
+def test_a_parked_process_that_stands_still_is_not_waited_for(ground, monkeypatch):
+    monkeypatch.setattr(parking, "TAKE_WITHIN_S", 1.0)
+    ground.park()
+    ground.left()[0].suspend()
+    assert ground.start() == "it did not take its order"
+    assert ground.left() == []
+
+
 def test_a_start_does_not_wait_for_ever(ground):
     ground.write("late.py", "import time\ntime.sleep(60)\n")
     ground.park(until="importing")

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -96,6 +97,13 @@ class RayGround(Ground):
             words = ["/bin/bash", str(script)]
             self.reaper.start(words, environment, start.log, scratch)
         return found
+
+    def another_worker(self) -> subprocess.Popen[bytes]:
+        """As Ray would start it beside the first."""
+        environment = psutil.Process(self.hook()).environ()
+        with self.out.open("wb") as out:
+            words = [sys.executable, str(self.worker), "--id=2"]
+            return subprocess.Popen(words, env=environment, stdout=out, stderr=out)
 
     def said(self) -> dict:
         assert eventually(lambda: self.out.exists() and "\n" in self.out.read_text(), 10), (
@@ -220,6 +228,24 @@ def test_a_twin_that_dies_takes_its_workers_along_and_later_ones_start_plainly(g
     worker.parent().kill()
     assert eventually(lambda: is_over(worker.pid), 5)
     assert ground.code() == 1
+
+
+def test_a_twin_that_does_not_answer_is_not_waited_for_and_makes_no_second_worker(ground):
+    ground.park()
+    ground.ray_start(RAY_UNTIL="ever")
+    first = psutil.Process(ground.said()["pid"])
+    twin = first.parent()
+    twin.suspend()
+    second = ground.another_worker()
+    try:
+        assert ground.said()["pid"] == second.pid
+        twin.resume()
+        assert eventually(lambda: "not answered in time" in ground.workers(), 10)
+        assert ground.workers() == "1 parked, 1 plain: it was not answered in time"
+        assert twin.children() == [first]
+    finally:
+        second.kill()
+        second.wait()
 
 
 def test_ray_of_another_python_is_not_parked(ground):
