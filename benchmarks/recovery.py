@@ -13,10 +13,7 @@ answers two clients without a pause. Beside it
 """
 
 import functools
-import json
 import sys
-import threading
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import alternate, document, ratios, say, scratch, show, tables
 from benchmarks.engines import Fleet, by_hand, engine_options, executors
+from benchmarks.load import Load
 
 CLIENTS = 2
-TOKENS = 16
 RATIOS = {("recovered_s", "cold_s"): 0.25, ("recovered_s", "cold_fork_s"): None}
-
-
-class Load:
-    """Clients that ask again as soon as they are answered."""
-
-    def __init__(self, document: dict[str, Any]) -> None:
-        self._url = f"{document['endpoint']}/completions"
-        self._key = Path(document["api_key_file"]).read_text().strip()
-        self._model = document["fleet"]
-        self._enough = threading.Event()
-        self.answered = 0
-        self.failed = 0
-        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(CLIENTS)]
-        for thread in self._threads:
-            thread.start()
-
-    def stop(self) -> None:
-        self._enough.set()
-        for thread in self._threads:
-            thread.join(60)
-
-    def _ask(self) -> None:
-        order = {"model": self._model, "prompt": "Hello", "max_tokens": TOKENS}
-        request = urllib.request.Request(
-            self._url,
-            json.dumps({**order, "ignore_eos": True}).encode(),
-            {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"},
-        )
-        while not self._enough.is_set():
-            try:
-                with urllib.request.urlopen(request, timeout=120) as answer:
-                    answer.read()
-                self.answered += 1
-            except OSError:
-                self.failed += 1
 
 
 def recovered(executor: str, state: Path) -> dict[str, float]:
@@ -87,21 +49,14 @@ def cold_fork(executor: str) -> dict[str, float]:
 def measured(executor: str, state: Path, rounds: int) -> dict[str, Any]:
     # It parks nothing: that would be load at the beginning only.
     steady = Fleet("steady", state, executor, start="fork", warm="off")
-    with steady.running() as (told, _):
-        load = Load(told)
-        try:
-            figures = alternate(
-                [
-                    functools.partial(recovered, executor, state),
-                    functools.partial(cold, executor),
-                    functools.partial(cold_fork, executor),
-                ],
-                rounds,
-                executor,
-            )
-        finally:
-            load.stop()
-    answered = {"clients": CLIENTS, "answered": load.answered, "failed": load.failed}
+    columns = [
+        functools.partial(recovered, executor, state),
+        functools.partial(cold, executor),
+        functools.partial(cold_fork, executor),
+    ]
+    with steady.running() as (told, _), Load(told, CLIENTS) as load:
+        figures = alternate(columns, rounds, executor)
+    answered = {"clients": CLIENTS, "answered": len(load.took_s), "failed": load.failed}
     return {**figures, "ratios": ratios(figures, RATIOS), "load": answered}
 
 
