@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from benchmarks.common import LAUNCHER, ROOT, options, scratch
-from launcher.agent import segments
+from launcher.agent import lastwords, segments
 from launcher.agent.processes import MARK_VARIABLE, kill_all, marked
 
 EXECUTORS = ("ray", "mp")
@@ -72,7 +72,7 @@ class Hand:
 
     def __init__(self, start: str, folder: Path) -> None:
         self._folder = folder
-        self._meeting, self._api = _free_port(), _free_port()
+        self._meeting, self._api = _free_ports()[:2]
         self.endpoint = f"http://{LEADER}:{self._api}/v1"
         self._children: list[tuple[subprocess.Popen[bytes], Path]] = []
         self._environment = {
@@ -81,6 +81,7 @@ class Hand:
             "PATH": f"{ENGINE}/bin:{os.environ['PATH']}",
             "GLOO_SOCKET_IFNAME": "lo",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "disabled",  # not set, it depends on what lies in ~/.ray
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_API_KEY": KEY,
             "CPU_ENGINE_START_METHOD": start,
@@ -111,10 +112,8 @@ class Hand:
 
     def wait(self, observe: Callable[[], bool], what: str) -> None:
         def look() -> bool:
-            for child, log in self._children:
-                if child.poll() is not None:
-                    end = log.read_text(errors="replace")[-2000:]
-                    raise SystemExit(f"by hand, waiting for {what}: a command ended:\n{end}")
+            if any(child.poll() is not None for child, _ in self._children):
+                raise SystemExit(f"by hand, waiting for {what}: a command ended\n{self._said()}")
             return observe()
 
         wait(look, what, ANSWERS_WITHIN_S)
@@ -128,6 +127,11 @@ class Hand:
         for child, _ in self._children:
             child.wait()
         segments.remove(mapped)
+
+    def _said(self) -> str:
+        """Of each command what ended it, as far as its log tells, and its last lines."""
+        logs = [log.read_text(errors="replace") for _, log in self._children]
+        return "\n".join(f"{lastwords.cause(log)}\n{lastwords.tail(log)}" for log in logs)
 
     def _running(self) -> list[psutil.Process]:
         """What its commands started: below them, or (Ray's) orphaned, but with the mark. Who has
@@ -289,10 +293,14 @@ def _serve() -> list[str]:
     return ["vllm", "serve", str(MODEL), "--enforce-eager", "--dtype", "float32", *numbers]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LEADER, 0))
-        return int(probe.getsockname()[1])
+def _free_ports() -> list[int]:
+    """Between those of fleets (launcher/ports.py) and those that the kernel gives away."""
+    found = []
+    for port in range(32_000, 32_768):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            found.append(port)
+    return found
 
 
 def _listens(host: str, port: int) -> bool:
