@@ -117,7 +117,7 @@ BUGS = (
         "orders are told once",
         "an assignment whose write was lost is never written again",
         lambda: patch.object(holdings, "remind", lambda _: None),
-        5,
+        7,
     ),
     Bug(
         "asked before it was",
@@ -129,7 +129,7 @@ BUGS = (
         "orders are forgotten when they fail",
         "an order whose answer was lost is struck out; the next has a revision that was used",
         _orders_forgotten,
-        37,
+        16,
     ),
     Bug("cordons are overlooked", "cordoned nodes count as free", _free_with_cordons, 31),
     Bug(
@@ -166,7 +166,7 @@ BUGS = (
         "the lost keep their seats",
         "who cannot be seen is waited for instead of replaced",
         lambda: patch.multiple(draft, is_lost=lambda _: False, is_dead=lambda _: False),
-        100,
+        42,
     ),
 )
 
