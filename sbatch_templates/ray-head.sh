@@ -1,8 +1,5 @@
 # --- the Ray head, on the leader ------------------------------------------------------------------
 export VLLM_HOST_IP="$LAUNCHER_NODE_ADDRESS" VLLM_PORT="$LAUNCHER_PORT_VLLM_FIRST"
-# Ray's own wait for a silent node is a minute; ours is over in seconds.
-export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=2000
-export RAY_health_check_failure_threshold=3 RAY_health_check_initial_delay_ms=1000
 
 exec "${ENGINE[@]}" ray start --head --block --disable-usage-stats \
   --node-ip-address="$LAUNCHER_NODE_ADDRESS" \

@@ -36,7 +36,8 @@ WANTED = (
     *("uvicorn.lifespan.on", "uvicorn.protocols.http.httptools_impl"),
 )
 OF_RAY = (
-    *("ray.scripts.scripts", "ray._private.workers.default_worker"),
+    *("ray.scripts.scripts", "ray._private.workers.default_worker", "ray._private.log_monitor"),
+    *("ray._private.workers.setup_worker", "ray.dashboard.dashboard", "ray.dashboard.head"),
     *("vllm.v1.executor.ray_utils", "vllm.v1.executor.ray_executor_v2"),
 )
 _ASKED_OF_PLATFORM = ("check_and_update_config", "get_device_communicator_cls")
@@ -78,16 +79,19 @@ def main() -> None:
         return
     gc.collect()
     gc.freeze()  # children share these pages as long as nobody writes to them
-    _tell(channel, state="ready", missing=missing)
-    order = _one_line()
-    if order is None:
-        return
-    if steps_back:
+
+    def wake() -> None:
         _step_forward(steps_back)
+
     words = None
     if twin:
-        words = twin.leave(_twins_folder(), before, late, (0, channel), _call_ourselves)
+        words = twin.leave(_twins_folder(), before, late, (0, channel), _call_ourselves, wake)
     if words is None:
+        _tell(channel, state="ready", missing=missing)
+        order = _one_line()
+        if order is None:
+            return
+        wake()
         _take_over(order)
         _tell(channel, state="taken")
         os.close(channel)
@@ -322,6 +326,8 @@ def _step_back() -> str:
 
 
 def _step_forward(way: str) -> None:
+    if not way:
+        return
     _set_io_priority(_IO_USUAL)
     with contextlib.suppress(OSError):
         if way == "nice":

@@ -1,8 +1,9 @@
-"""Every Python below `ray start` loads this as its sitecustomize: the twin makes Ray's workers.
+"""Every Python below `ray start` loads this as its sitecustomize: the twin makes Ray's processes.
 
-Ray starts a fresh interpreter for each worker. This one hands its words, environment and output to
-the twin of the parked process (ray_twin.py) and waits for the end of what was forked there. Where
-no twin takes them it goes on as if this file were not there. Standard library alone.
+Ray starts a fresh interpreter for each worker and helper. This one hands its words,
+environment and output to the twin of the parked process (ray_twin.py), and stays in the place of
+what was forked there: it passes signals on, and ends as that one ends. Where no twin takes it over
+it goes on as if this file were not there. Standard library alone.
 """
 
 import array
@@ -10,17 +11,22 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import socket
 import sys
 
-_WORKER = "/ray/_private/workers/default_worker.py"
+# Not a raylet's agents, which end where their parent is not the raylet.
+_OF_RAY = (
+    *("/_private/workers/default_worker.py", "/_private/workers/setup_worker.py"),
+    *("/_private/log_monitor.py", "/dashboard/dashboard.py"),
+)
 _WITHIN_S = 5.0
 
 
 def hand_over(folder: str) -> None:
     """Does not come back where the twin took our place."""
-    words = sys.orig_argv[1:]
-    if not words or not words[0].endswith(_WORKER):
+    words = [word for word in sys.orig_argv[1:] if word != "-u"]
+    if not is_known(words):
         return
     with contextlib.suppress(OSError, ValueError):
         twin = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -33,11 +39,26 @@ def hand_over(folder: str) -> None:
         twin.sendall(text[sent:])
         if twin.recv(1) != b"+":
             return
-        for number in (0, 1, 2):
-            os.close(number)  # who reads our output shall see its end when the worker's is closed
-        twin.settimeout(None)
-        code = twin.recv(4)  # nothing: the twin is gone, and with it the worker
-        os._exit(code[0] if code else 1)
+        stay(twin)
+
+
+def is_known(words: list[str]) -> bool:
+    """Whether these are a process of Ray that runs Python: its words after the interpreter's."""
+    if not words:
+        return False
+    is_start = os.path.basename(words[0]) == "ray" and words[1:2] == ["start"]  # noqa: PTH119
+    return is_start or any(words[0].endswith(f"/ray{name}") for name in _OF_RAY)
+
+
+def stay(twin: socket.socket) -> None:
+    """Until the process that was forked for us is over. Does not come back."""
+    twin.settimeout(None)
+    for passed_on in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(passed_on, lambda number, _: twin.send(bytes([number])))
+    for number in (0, 1, 2):
+        os.close(number)  # who reads our output shall see its end when the other's is closed
+    code = twin.recv(1)  # nothing: the twin is gone, and with it what it forked
+    os._exit(code[0] if code else 1)
 
 
 def _be_as_if_not_there(folder: str) -> None:

@@ -1,9 +1,9 @@
-"""The twin of a parked process: Ray's worker processes are forked from it, with all imports done.
+"""The twin of a parked process: Ray's processes are forked from it, with all imports done.
 
-It is forked off when the parked process takes its order, and lives as long as that one. Ray
-starts an interpreter for each worker; there ray_hook.py hands words, environment and output over
-to us and waits. Where something in its environment differs that imports may have read, the worker
-starts plainly. Runs inside the engine's environment, by the standard library alone.
+It lives as long as the parked process, also when that one has become the engine. Ray starts an
+interpreter for each worker and helper; there ray_hook.py hands words, environment and output over
+to us, and stays in its place. Where something in its environment differs that imports may have
+read, it starts plainly. Runs inside the engine's environment, by the standard library alone.
 """
 
 import contextlib
@@ -27,7 +27,8 @@ _ORDER_MAX_BYTES = 4 << 20
 _ORDER_WITHIN_S = 5.0
 _GRACE_S = 5.0
 _OURS = ("LAUNCHER_", "RAY_")
-# What Ray's library reads once, when it is imported: the job of its worker, and the process with
+_WORKER = "/ray/_private/workers/default_worker.py"
+# What Ray's library reads once, when it is imported: the job of a worker, and the process with
 # which a worker ends. A cluster of ours has one job, and a worker of ours ends with our parent.
 _FIRST_JOB = "01000000"
 # The last two are of Ray's own making: how it writes titles, and see _take_over.
@@ -51,12 +52,14 @@ def leave(
     late: set[str],
     close: tuple[int, ...],
     call: Callable[[str], None],
+    wake: Callable[[], None],
 ) -> list[str] | None:
     """Fork the twin, which listens in this folder. Back with None in the parked process, and with
-    its words in each worker, which has taken over everything else already.
+    its words in each process of Ray, which has taken over everything else already.
 
     before: the environment before all imports. late: variables that are read at a start.
-    close: files of the parked process alone. call: how a process names itself.
+    close: files of the parked process alone. call: how a process names itself. wake: what is done
+    once when work comes.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / "twin"
@@ -72,7 +75,8 @@ def leave(
     for file in close:
         os.close(file)
     call(NAME)
-    return Twin(listening, Variables(before, dict(os.environ), late), folder / "workers").run()
+    variables = Variables(before, dict(os.environ), late)
+    return Twin(listening, variables, folder / "workers", wake).run()
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Variables:
 
     def refused(self, theirs: Mapping[str, str]) -> list[str]:
         """Variables of a worker that our imports did not see as they are there."""
-        if theirs.get("RAY_JOB_ID") != _FIRST_JOB:
+        if theirs.get("RAY_JOB_ID", _FIRST_JOB) != _FIRST_JOB:
             return ["RAY_JOB_ID"]
         return [
             name
@@ -104,21 +108,28 @@ class Variables:
 
 
 class Twin:
-    """Answers until whoever made it ends. Each worker has its hook's connection and a pidfd."""
+    """Answers until whoever made it ends. What it forked has its hook's connection and a pidfd."""
 
-    def __init__(self, listening: socket.socket, variables: Variables, record: Path) -> None:
+    def __init__(
+        self,
+        listening: socket.socket,
+        variables: Variables,
+        record: Path,
+        wake: Callable[[], None],
+    ) -> None:
         self._pid = os.getpid()
+        self._wake: Callable[[], None] | None = wake
         self._listening = listening
         self._variables = variables
         self._record = record
         self._selector = selectors.DefaultSelector()
         self._selector.register(listening, selectors.EVENT_READ, self._accept)
-        self._hooks: dict[int, socket.socket] = {}  # by the worker's pid
+        self._hooks: dict[int, socket.socket] = {}  # by the pid of what was forked for it
         self._pidfds: dict[int, int] = {}
         self._kill_at: dict[int, float] = {}
 
     def run(self) -> list[str]:
-        """Comes back only in a worker, with its words."""
+        """Comes back only in what was forked, with its words."""
         while True:
             for key, _ in self._selector.select(1.0):
                 words: list[str] | None = key.data()
@@ -130,30 +141,31 @@ class Twin:
                 _signal(pid, signal.SIGKILL)
 
     def _accept(self) -> list[str] | None:
-        """Answer one hook; its words in the worker that was forked for it."""
+        """Answer one hook; its words in the process that was forked for it."""
         hook, _ = self._listening.accept()
-        pid = -1
-        files: list[int] = []
+        if self._wake:
+            self._wake()
+            self._wake = None
+        pid, files = -1, list[int]()
+        order: dict[str, Any] = {}
+        why = ""
         try:
             hook.settimeout(_ORDER_WITHIN_S)
             order, files = _received(hook)
-            if refused := self._variables.refused(order["environment"]):
-                self._note("plain", f"{', '.join(refused[:3])} changed since it was parked")
-            elif _has_gone_on(hook):
-                self._note("plain", "it was not answered in time")
-            else:
-                pid = os.fork()
+            why = self._refusal(order, hook)
+            pid = -1 if why else os.fork()
         except (OSError, ValueError, KeyError) as error:
-            self._note("plain", f"{type(error).__name__}: {error}")
+            why = f"{type(error).__name__}: {error}"
         if pid == 0:
             return self._become(order, files, hook)
+        if order.get("words", [""])[0].endswith(_WORKER):
+            self._note(why)
         for file in files:
             os.close(file)
         if pid < 0:
             hook.close()
             return None
         self._watch(pid, hook)
-        self._note("parked", "")
         with contextlib.suppress(OSError):
             hook.sendall(b"+")
         return None
@@ -162,10 +174,10 @@ class Twin:
         self._hooks[pid] = hook
         self._pidfds[pid] = pidfd = os.pidfd_open(pid)
         self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._ended(pid))
-        self._selector.register(hook, selectors.EVENT_READ, lambda: self._abandoned(pid))
+        self._selector.register(hook, selectors.EVENT_READ, lambda: self._told(pid))
 
     def _ended(self, pid: int) -> None:
-        """The worker is over: its hook ends the same way."""
+        """It is over: its hook ends the same way."""
         _, status = os.waitpid(pid, 0)
         code = os.waitstatus_to_exitcode(status)
         self._kill_at.pop(pid, None)
@@ -178,10 +190,15 @@ class Twin:
             hook.sendall(bytes([code if code >= 0 else 128 - code]))
         hook.close()
 
-    def _abandoned(self, pid: int) -> None:
-        """Whoever ended the hook meant the worker."""
+    def _told(self, pid: int) -> None:
+        """A signal that the hook was sent; or its end, and whoever ended it meant the other."""
         if pid not in self._hooks:  # both ended at once
             return
+        with contextlib.suppress(OSError):
+            if numbers := self._hooks[pid].recv(16):
+                for number in numbers:
+                    _signal(pid, number)
+                return
         self._selector.unregister(self._hooks[pid])
         self._kill_at[pid] = time.monotonic() + _GRACE_S
         _signal(pid, signal.SIGTERM)
@@ -200,9 +217,17 @@ class Twin:
             os.close(file)
         return _take_over(order, self._variables.completed(order["environment"]))
 
-    def _note(self, started: str, reason: str) -> None:
+    def _refusal(self, order: dict[str, Any], hook: socket.socket) -> str:
+        """Why it has to start plainly, if it has to."""
+        if refused := self._variables.refused(order["environment"]):
+            return f"{', '.join(refused[:3])} changed since it was parked"
+        return "it was not answered in time" if _has_gone_on(hook) else ""
+
+    def _note(self, reason: str) -> None:
+        """How a worker came to be, for the report."""
+        line = json.dumps({"started": "plain" if reason else "parked", "reason": reason})
         with contextlib.suppress(OSError), self._record.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"started": started, "reason": reason}) + "\n")
+            file.write(line + "\n")
 
 
 def _received(hook: socket.socket) -> tuple[dict[str, Any], list[int]]:

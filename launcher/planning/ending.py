@@ -81,8 +81,7 @@ def clear(draft: Draft, replica: ReplicaRecord) -> None:
             continue  # the next generation is new work
         order = draft.record.order(seat)
         if order is None or order.goal == "rank":
-            failed = not replica.is_restarted_by_a_person
-            draft.do(Assign(replica.name, seat, _idle(draft, seat, after_failure=failed)))
+            draft.do(Assign(replica.name, seat, _idle(draft, replica, seat)))
             awaited.append(seat.node)
         elif not _is_idle(draft, seat, order):
             if waited > STOP_CONFIRM_S:
@@ -127,14 +126,17 @@ def _give_everything_back(draft: Draft, replica: ReplicaRecord) -> None:
             draft.do(End(replica.name, name, "reschedule: resubmit"))
 
 
-def _idle(draft: Draft, seat: Seat, *, after_failure: bool) -> Assignment:
+def _idle(draft: Draft, replica: ReplicaRecord, seat: Seat) -> Assignment:
+    in_order = replica.is_restarted_by_a_person
+    # As in _stop; vLLM's follower waits 5 s for a worker that waits for the leader's.
+    has_nothing_to_end = in_order and seat != replica.seats[0]
     return Assignment(
         revision=draft.record.revision(seat) + 1,
         goal="idle",
         reason="the generation is over",
         park=draft.context.park,
-        stop_grace_s=ENGINE_GRACE_S,
-        after_failure=after_failure,
+        stop_grace_s=FOLLOWER_GRACE_S if has_nothing_to_end else ENGINE_GRACE_S,
+        after_failure=not in_order,
     )
 
 

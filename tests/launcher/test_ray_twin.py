@@ -15,6 +15,7 @@ import pytest
 from launcher.agent import handover, processes
 from launcher.agent.parking import Adopted
 from launcher.agent.waiting import Start
+from launcher.documents import Park
 from tests.launcher.fleets import eventually
 from tests.launcher.test_parking import Ground
 
@@ -72,31 +73,41 @@ class RayGround(Ground):
         file.chmod(0o755)
 
     def ray_start(self, **env: str) -> Adopted | str:
-        scratch = self.parking.claim() or self.folder
-        self.claimed.append(scratch)
-        order = {"worker": str(self.worker), "folder": str(self.folder), "out": str(self.out)}
-        self.order.write_text(json.dumps({**order, "env": env}))
-        script = self.folder / "ray-worker.sh"
-        script.write_text(self.scripts()["ray-worker.sh"])
-        ports = {f"LAUNCHER_PORT_{name}": "1" for name in PORTS}
-        environment = {
-            **self.around().environment_in(scratch),
-            **self.around().secrets_of({"HF": "hf"}),
-            **ports,
-            "LAUNCHER_NODE_ADDRESS": "127.0.0.3",
-            "LAUNCHER_LEADER_ADDRESS": "127.0.0.2",
-            "LAUNCHER_LEADER_PORT_RENDEZVOUS": "1",
-            "LAUNCHER_RANKS_PER_NODE": "1",
-        }
-        start = Start(script, environment, self.folder / "ray.log", scratch, 10.0)
+        """What a follower does: its parked process becomes `ray start`."""
+        start = self.make_start("ray-worker.sh", env)
         deadline = time.monotonic() + 20
         while (found := self.parking.start(start, time.monotonic())) is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         if isinstance(found, str):
-            words = ["/bin/bash", str(script)]
-            self.reaper.start(words, environment, start.log, scratch)
+            self.plain(start)
         return found
+
+    def head_start(self, **env: str) -> subprocess.Popen[bytes]:
+        """What the leader does before it serves."""
+        return self.plain(self.make_start("ray-head.sh", env))
+
+    def plain(self, start: Start) -> subprocess.Popen[bytes]:
+        words = ["/bin/bash", str(start.script)]
+        return self.reaper.start(words, start.environment, start.log, start.folder)
+
+    def make_start(self, name: str, env: dict[str, str]) -> Start:
+        scratch = self.parking.claim() or self.folder
+        self.claimed.append(scratch)
+        order = {"worker": str(self.worker), "folder": str(self.folder), "out": str(self.out)}
+        self.order.write_text(json.dumps({**order, "env": env}))
+        script = self.folder / name
+        script.write_text(self.scripts()[name])
+        environment = {
+            **self.around().environment_in(scratch),
+            **self.around().secrets_of({"HF": "hf"}),
+            **{f"LAUNCHER_PORT_{name}": "1" for name in PORTS},
+            "LAUNCHER_NODE_ADDRESS": "127.0.0.3",
+            "LAUNCHER_LEADER_ADDRESS": "127.0.0.2",
+            "LAUNCHER_LEADER_PORT_RENDEZVOUS": "1",
+            "LAUNCHER_RANKS_PER_NODE": "1",
+        }
+        return Start(script, environment, self.folder / "ray.log", scratch, 10.0)
 
     def another_worker(self) -> subprocess.Popen[bytes]:
         """As Ray would start it beside the first."""
@@ -129,6 +140,7 @@ class RayGround(Ground):
 
 PORTS = (
     *("VLLM_FIRST", "NODE_MANAGER", "OBJECT_MANAGER", "RUNTIME_ENV_AGENT", "METRICS"),
+    *("RENDEZVOUS", "RAY_CLIENT", "DASHBOARD"),
     *("DASHBOARD_AGENT_HTTP", "DASHBOARD_AGENT_GRPC", "WORKER_FIRST", "WORKER_LAST"),
 )
 
@@ -169,6 +181,32 @@ def test_a_worker_of_ray_is_forked_with_everything_imported(ground):
     assert said["pid"] != ground.hook()
     assert ground.code() == 3, "whoever started it sees how it ended"
     assert ground.workers() == "1 parked"
+
+
+def test_a_ray_head_is_forked_too_and_is_sent_the_signals_of_who_stands_for_it(ground):
+    ground.park()
+    head = ground.head_start(RAY_UNTIL="ever")
+    said = ground.said()
+    assert said["known"]
+    ray = psutil.Process(ground.hook()).parent()
+    assert ray.parent().name() == "ray-twin"
+    assert ray.pid != head.pid
+    head.send_signal(signal.SIGTERM)
+    assert head.wait(10) == 128 + signal.SIGTERM
+    assert is_over(ray.pid)
+
+
+def test_what_was_parked_at_low_priority_makes_processes_of_the_usual_one(ground):
+    ground.parking.want(Park(script=ground.scripts()["park.sh"], secret_environment={"HF": "hf"}))
+
+    def is_ready() -> bool:
+        ground.parking.turn(time.monotonic(), idle=False, serving=True)
+        return ground.parking.parked is not None and ground.parking.parked.state == "ready"
+
+    assert eventually(is_ready)
+    ground.head_start(RAY_UNTIL="ever")
+    worker = psutil.Process(ground.said()["pid"])
+    assert worker.nice() == psutil.Process().nice()
 
 
 def test_without_a_parked_process_ray_starts_its_workers_itself(ground):

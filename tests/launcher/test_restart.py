@@ -124,3 +124,14 @@ def test_a_restart_that_was_taken_up_is_not_taken_up_again():
     assert done(record, made).replicas["r1"].restarts_asked == 1
     record = worlds.ranked(context, restarts_asked=1)
     assert plan(context, record, seen("joining", 1)).steps == ()
+
+
+def test_a_follower_that_is_restarted_in_order_is_not_waited_for():
+    """Its leader ends the requests; vLLM's follower would take five seconds over nothing."""
+    context = worlds.make_context()
+    record = worlds.ranked(context)
+    record = done(record, plan(context, record, seen("joining", 1)))
+    ended = plan(context, record, seen("joining", 1))
+    told = {step.seat.node: step.assignment for step in ended.steps}
+    assert {order.goal for order in told.values()} == {"idle"}
+    assert (told["h1"].stop_grace_s, told["h2"].stop_grace_s) == (5, 1)
