@@ -5,7 +5,6 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 TOKENS = 16
@@ -28,12 +27,7 @@ class Load:
             thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._enough.set()
         for thread in self._threads:
             thread.join(60)

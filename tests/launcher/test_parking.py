@@ -20,7 +20,8 @@ from launcher.cli.screens import fleet_screen
 from launcher.documents import Park, Parked
 from launcher.layout import ModelFacts, choose_layout
 from launcher.spec import FleetSpec
-from launcher.status import NodeStatus, ReplicaStatus, Status
+from launcher.status import NodeStatus, ReplicaStatus
+from tests.launcher import worlds
 from tests.launcher.fleets import (
     FleetUnderTest,
     engine_processes,
@@ -478,19 +479,6 @@ def test_the_screen_names_who_has_something_parked_and_why_others_have_not():
 
     nodes = [node("n1", "ready"), node("n2", "ready"), node("n3", "none", "too little memory")]
     replica = ReplicaStatus(name="r1", generation=1, phase="serving", endpoint=None, nodes=nodes)
-    status = Status(
-        fleet="chat",
-        run=1,
-        desired="up",
-        phase="serving",
-        endpoint=None,
-        api_key_file="",
-        model="m",
-        backend="local",
-        replicas=[replica],
-        waiting_for=[],
-        updated_at=0.0,
-    )
-    lines = fleet_screen(status, 0.0).splitlines()
+    lines = fleet_screen(worlds.make_status(replica), 0.0).splitlines()
     assert "parked on n[1-2]" in lines
     assert "nothing parked on n3: too little memory" in lines

@@ -7,8 +7,17 @@ from launcher.documents import MemberReport, Parked, Report
 from launcher.phases import Phase, phases_of
 from launcher.record import Incident, RunRecord
 from launcher.snapshot import Snapshot
-from launcher.status import ReplicaStatus, Status
-from tests.launcher.worlds import NOW, begun, make_context, replica, report, snapshot, view
+from launcher.status import ReplicaStatus
+from tests.launcher.worlds import (
+    NOW,
+    begun,
+    make_context,
+    make_status,
+    replica,
+    report,
+    snapshot,
+    view,
+)
 
 SERVING_AT = NOW + 20.0
 
@@ -152,29 +161,13 @@ def test_a_replica_that_nobody_has_asked_nodes_for_has_no_phases():
 
 def test_up_names_what_took_the_time():
     phases = phases_of(replica(up()), up(), world(node("h1", 0), node("h2", 1)))
-    status = Status(
-        fleet="chat",
-        run=1,
-        desired="up",
-        phase="serving",
-        endpoint=None,
-        api_key_file="",
-        model="m",
-        backend="local",
-        replicas=[
-            ReplicaStatus(
-                name=name,
-                generation=1,
-                phase="serving",
-                endpoint=None,
-                nodes=[],
-                phases=its,
-            )
-            for name, its in (("r1", phases), ("r2", phases[:-1]))
-        ],
-        waiting_for=[],
-        updated_at=0.0,
-    )
+    replicas = [
+        ReplicaStatus(
+            name=name, generation=1, phase="serving", endpoint=None, nodes=[], phases=its
+        )
+        for name, its in (("r1", phases), ("r2", phases[:-1]))
+    ]
+    status = make_status(*replicas)
     assert timing_lines(status) == (
         "first token after 20 s\n"
         "phases: command 1.0 s, allocation 1.0 s, preflight 3.0 s, engine 8.8 s, "

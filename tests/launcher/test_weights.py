@@ -20,7 +20,8 @@ from launcher.cli.screens import fleet_screen
 from launcher.context import model_place
 from launcher.documents import ModelPlace, Weights
 from launcher.spec import FleetSpec
-from launcher.status import NodeStatus, ReplicaStatus, SpareStatus, Status
+from launcher.status import NodeStatus, ReplicaStatus, SpareStatus
+from tests.launcher import worlds
 from tests.launcher.fleets import eventually
 
 MIB = 1024**2
@@ -392,20 +393,8 @@ def screen(by_node: dict[str, Weights | None], phase="serving", spare: Weights |
         for name, found in by_node.items()
     ]
     replica = ReplicaStatus(name="r1", generation=1, phase="serving", endpoint=None, nodes=nodes)
-    status = Status(
-        fleet="chat",
-        run=1,
-        desired="up",
-        phase=phase,
-        endpoint=None,
-        api_key_file="",
-        model="m",
-        backend="local",
-        replicas=[replica],
-        spares=[SpareStatus(name="s1", node="n9", phase="warm", weights=spare)],
-        waiting_for=[],
-        updated_at=0.0,
-    )
+    spares = [SpareStatus(name="s1", node="n9", phase="warm", weights=spare)]
+    status = worlds.make_status(replica, phase=phase, spares=spares)
     return [row for row in fleet_screen(status, 0.0).splitlines() if row.startswith("weights")]
 
 

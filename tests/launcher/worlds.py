@@ -19,10 +19,27 @@ from launcher.planning import new_record
 from launcher.record import AllocationRecord, ReplicaRecord, RunRecord, Seat
 from launcher.snapshot import AllocationView, NodeView, Snapshot
 from launcher.spec import FleetSpec
+from launcher.status import ReplicaStatus, Status
 from launcher.steps import Context
 
 NOW = 1_000_000.0
 VERSIONS = {"vllm": "0.32.0", "ray": "2.60.0", "torch": "2.13.0", "python": "3.11.7"}
+
+
+def make_status(*replicas: ReplicaStatus, **more) -> Status:
+    """What the screens draw: a fleet that serves, unless told otherwise."""
+    told = {"phase": "serving", "waiting_for": [], "updated_at": 0.0, **more}
+    return Status(
+        fleet="chat",
+        run=1,
+        desired="up",
+        endpoint=None,
+        api_key_file="",
+        model="m",
+        backend="local",
+        replicas=list(replicas),
+        **told,
+    )
 
 
 def make_context(pool=("h1", "h2", "h3"), **spec) -> Context:
