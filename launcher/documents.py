@@ -89,12 +89,14 @@ class Checks(BaseModel):
 
 
 class Command(BaseModel):
-    """One process of the engine. `after_port`: wait until the leader listens there."""
+    """One process of the engine. `after_port`: wait until the leader listens there, and `after_s`
+    seconds longer."""
 
     model_config = ConfigDict(frozen=True)
     name: str
     script: str
     after_port: int | None = None
+    after_s: float = 0.0
     parkable: bool = False  # a parked engine process may become it
 
 

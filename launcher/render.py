@@ -19,6 +19,9 @@ SIGNAL_LEAD_S = 120
 CONTROLLER_SIGNAL_LEAD_S = 300
 # Programs of ours that need the engine's torch: they travel inside their script.
 _TORCH_PROGRAMS = {"collective": "worker.py", "burn": "burn.py"}
+# From the first moment in which it listens, where its helpers come from a parked process: 0.2 s
+# with two cores. Where they start plainly so does the worker, which takes longer than they.
+_RAYLET_REGISTERS_WITHIN_S = 0.3
 # Scripts that start a process of the engine.
 _STARTING = ("park", "ray-head", "ray-worker", "serve-mp", "serve-ray")
 
@@ -44,16 +47,26 @@ def commands_of(
 ) -> tuple[Command, ...]:
     """The processes of one rank, in the order in which they start. One of them may be parked."""
 
-    def command(name: str, script: str, after_port: int | None = None) -> Command:
-        parkable = name != "ray-head" and "park.sh" in scripts
-        return Command(name=name, script=scripts[script], after_port=after_port, parkable=parkable)
+    def command(
+        name: str, script: str, after_port: int | None = None, after_s: float = 0.0
+    ) -> Command:
+        return Command(
+            name=name,
+            script=scripts[script],
+            after_port=after_port,
+            after_s=after_s,
+            parkable=name != "ray-head" and "park.sh" in scripts,
+        )
 
     if layout.executor == "mp":
         return (command("headless" if rank else "serve", "serve-mp.sh"),)
-    head = ports["rendezvous"]  # whoever asks before it listens waits ever longer between tries
+    # Whoever asks the head before it listens waits ever longer between tries; and a worker that
+    # asks for the head's raylet before it has registered waits two seconds.
     if rank > 0:
-        return (command("ray-worker", "ray-worker.sh", head),)
-    return (command("ray-head", "ray-head.sh"), command("serve", "serve-ray.sh", head))
+        raylet = ports["node_manager"]
+        return (command("ray-worker", "ray-worker.sh", raylet, _RAYLET_REGISTERS_WITHIN_S),)
+    serve = command("serve", "serve-ray.sh", ports["rendezvous"])
+    return (command("ray-head", "ray-head.sh"), serve)
 
 
 def served_names(spec: FleetSpec) -> list[str]:

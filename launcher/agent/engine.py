@@ -65,6 +65,7 @@ class Engine:
     newest_health: Callable[[], NodeFacts | None] = lambda: None
     _processes: list[_Process] = field(default_factory=list)
     _pending: list[int] = field(default_factory=list)
+    _heard_at: dict[int, float] = field(default_factory=dict)  # when a port of the leader was open
     _started_at: float = 0.0
     _stop_at: float | None = None
     _stop_grace_s: float = 0.0
@@ -190,6 +191,11 @@ class Engine:
         return self.probe.waiting_for if self.probe else ""
 
     @property
+    def starts(self) -> bool:
+        """Whether a command of it has still to be started."""
+        return bool(self._pending)
+
+    @property
     def ray_workers(self) -> str:
         return handover.workers(read_tail(self.scratch / "ray/workers"))
 
@@ -210,7 +216,7 @@ class Engine:
             command = self.member.commands[self._pending[0]]
             if self.has_gpus and command.name != "ray-head" and self._rehearses():
                 return  # both would want the GPUs' memory; Ray starts meanwhile
-            if command.after_port and not _listens(self.member.leader_address, command.after_port):
+            if command.after_port and not self._may_follow(command.after_port, command.after_s):
                 return
             script = make_private(self.around.logs.parent / "engine") / f"{command.name}.sh"
             write_text(script, command.script, mode=0o700)
@@ -226,6 +232,13 @@ class Engine:
             self._pending = self._pending[1:]
             self.started_at = time.time()
             self._processes.append(_Process(command.name, child, log))
+
+    def _may_follow(self, port: int, after_s: float) -> bool:
+        """Whether the leader has listened there for so long."""
+        if port not in self._heard_at and _listens(self.member.leader_address, port):
+            self._heard_at[port] = time.monotonic()
+        heard_at = self._heard_at.get(port)
+        return heard_at is not None and time.monotonic() - heard_at >= after_s
 
     def _launch(self, command: Command, script: Path, log: Path) -> subprocess.Popen[bytes] | None:
         """The command's process: the parked one, or a new one; None while that is not known."""

@@ -38,6 +38,8 @@ WANTED = (
 OF_RAY = (
     *("ray.scripts.scripts", "ray._private.workers.default_worker", "ray._private.log_monitor"),
     *("ray._private.workers.setup_worker", "ray.dashboard.dashboard", "ray.dashboard.head"),
+    *("ray._private.runtime_env.agent.main", "ray._private.runtime_env.agent.runtime_env_agent"),
+    *("ray.dashboard.agent", "ray.util.client.server.server"),
     *("vllm.v1.executor.ray_utils", "vllm.v1.executor.ray_executor_v2"),
 )
 _ASKED_OF_PLATFORM = ("check_and_update_config", "get_device_communicator_cls")
@@ -98,8 +100,12 @@ def main() -> None:
         _call_ourselves(ENGINE)
         words = order["argv"]
     # The very file that a plain start runs: no entry point has to be known here.
-    sys.argv = [shutil.which(words[0]) or words[0], *words[1:]]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [shutil.which(words[0]) or words[0], *words[1:]]
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def _twin() -> Any:

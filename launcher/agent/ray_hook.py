@@ -15,11 +15,15 @@ import signal
 import socket
 import sys
 
-# Not a raylet's agents, which end where their parent is not the raylet.
 _OF_RAY = (
     *("/_private/workers/default_worker.py", "/_private/workers/setup_worker.py"),
     *("/_private/log_monitor.py", "/dashboard/dashboard.py"),
 )
+_CLIENT_SERVER = ["-m", "ray.util.client.server"]
+# A raylet's agents know by the end of their input that it is over; or else by their parent, which
+# the twin would be.
+_AGENTS = ("/dashboard/agent.py", "/_private/runtime_env/agent/main.py")
+_BY_INPUT = "RAY_enable_pipe_based_agent_to_parent_health_check"
 _WITHIN_S = 5.0
 
 
@@ -46,8 +50,11 @@ def is_known(words: list[str]) -> bool:
     """Whether these are a process of Ray that runs Python: its words after the interpreter's."""
     if not words:
         return False
-    is_start = os.path.basename(words[0]) == "ray" and words[1:2] == ["start"]  # noqa: PTH119
-    return is_start or any(words[0].endswith(f"/ray{name}") for name in _OF_RAY)
+    if os.path.basename(words[0]) == "ray":  # noqa: PTH119
+        return words[1:2] == ["start"]
+    agents = _AGENTS if os.environ.get(_BY_INPUT) == "1" else ()
+    scripts = tuple(f"/ray{name}" for name in (*_OF_RAY, *agents))
+    return words[0].endswith(scripts) or words[:2] == _CLIENT_SERVER
 
 
 def stay(twin: socket.socket) -> None:

@@ -31,18 +31,21 @@ _WORKER = "/ray/_private/workers/default_worker.py"
 # What Ray's library reads once, when it is imported: the job of a worker, and the process with
 # which a worker ends. A cluster of ours has one job, and a worker of ours ends with our parent.
 _FIRST_JOB = "01000000"
+_BY_INPUT = "RAY_enable_pipe_based_agent_to_parent_health_check"  # see ray_hook.py
 # The last two are of Ray's own making: how it writes titles, and see _take_over.
+# What Ray loads into its helpers: it handles memory otherwise, and nothing else.
+_ALLOCATOR = "/ray/core/libjemalloc.so"
 _HARMLESS = {"_", "SHLVL", "PWD", "OLDPWD", "SPT_NOENV", "OMP_NUM_THREADS"}
 
 
 def foresee() -> None:
     """Before imports: set what Ray's library is going to read."""
-    os.environ.update(RAY_JOB_ID=_FIRST_JOB, RAY_RAYLET_PID=str(os.getpid()))
+    os.environ.update(RAY_JOB_ID=_FIRST_JOB, RAY_RAYLET_PID=str(os.getpid()), **{_BY_INPUT: "1"})
 
 
 def forget() -> None:
-    """After imports: nobody but workers has these."""
-    for name in ("RAY_JOB_ID", "RAY_RAYLET_PID"):
+    """After imports: nobody but workers and a raylet's agents has these."""
+    for name in ("RAY_JOB_ID", "RAY_RAYLET_PID", _BY_INPUT):
         os.environ.pop(name, None)
 
 
@@ -96,6 +99,7 @@ class Variables:
             for name in sorted({*self.before, *self.after, *theirs} - self.late - _HARMLESS)
             if not name.startswith(_OURS)
             and theirs.get(name) not in (self.before.get(name), self.after.get(name))
+            and not (name == "LD_PRELOAD" and theirs.get(name, "").endswith(_ALLOCATOR))
         ]
 
     def completed(self, theirs: Mapping[str, str]) -> dict[str, str]:

@@ -1,10 +1,17 @@
 import os
+import socket
 import threading
+import time
 
+from launcher import ports
 from launcher.agent import processes
 from launcher.agent.engine import Engine
 from launcher.agent.surroundings import Surroundings
+from launcher.documents import Command
+from tests.launcher.fleets import eventually
 from tests.launcher.worlds import lone_member
+
+SLOT = 7  # a block of ports that no fleet of the tests prefers
 
 
 def test_the_timer_of_a_fence_leaves_the_next_generation_alone(tmp_path):
@@ -20,3 +27,33 @@ def test_the_timer_of_a_fence_leaves_the_next_generation_alone(tmp_path):
     child = reaper.converse(["cat"], {**os.environ})
     timer.function()
     assert child.communicate(b"alive")[0] == b"alive"
+
+
+def test_a_command_waits_until_its_leader_has_listened_for_as_long_as_it_says(tmp_path):
+    block = ports.block(SLOT)
+    around = Surroundings("n1", *[tmp_path] * 4, "test-wait/n1", {**os.environ}, {})
+    with socket.socket() as leader:
+        leader.bind(("127.0.0.1", 0))
+        port = leader.getsockname()[1]
+        command = Command(name="ray-worker", script="sleep 60", after_port=port, after_s=0.3)
+        member = lone_member().model_copy(
+            update={
+                "rank": 1,
+                "commands": (command,),
+                "ports": block,
+                "guard_port": block["guard"],
+            }
+        )
+        engine = Engine(member, around, processes.Reaper())
+        engine.start()
+        assert engine.starts
+        leader.listen()
+        engine.poll()
+        heard_at = time.monotonic()
+        while engine.starts:
+            assert time.monotonic() < heard_at + 5
+            engine.poll()
+        assert time.monotonic() - heard_at >= 0.29
+        assert list(engine.pids) == ["ray-worker"]
+        engine.stop(0.0)
+        assert eventually(lambda: engine.poll() or engine.gone, 10)

@@ -21,17 +21,21 @@ from tests.launcher.test_parking import Ground
 
 # What a raylet does, as far as we see it: it starts interpreters, and notes how they end.
 RAY = """
-import json, os, subprocess, sys
+import json, os, subprocess, sys, time
 order = json.loads(open(os.environ["RAY_ORDER"]).read())
 environment = {**os.environ, "RAY_JOB_ID": "01000000", **order["env"]}
 with open(order["out"], "wb") as out:
-    words = [sys.executable, order["worker"], "--id=a b"]
-    child = subprocess.Popen(words, env=environment, stdout=out, stderr=out, cwd=order["folder"])
+    words = [sys.executable, *order["words"], "--id=a b"]
+    child = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=out, stderr=out,
+                             cwd=order["folder"])
     open(order["out"] + ".pid", "w").write(str(child.pid))
+    while order["ends_input"] and not os.path.getsize(order["out"]):
+        time.sleep(0.05)
+    if order["ends_input"]:
+        child.stdin.close()
     code = child.wait()
 open(order["out"] + ".code", "w").write(str(code))
 child.wait()
-import time
 time.sleep(60)
 """
 WORKER = """
@@ -44,6 +48,8 @@ print(json.dumps({
     "custom": getattr(sys.modules.get("sitecustomize"), "OTHER", None),
 }), flush=True)
 until = os.environ.get("RAY_UNTIL", "")
+if until == "its input ends":
+    sys.exit(len(sys.stdin.read()))
 if until == "ever":
     time.sleep(60)
 sys.exit(int(until or 0))
@@ -59,7 +65,13 @@ class RayGround(Ground):
         (ray / "_private/workers").mkdir(parents=True)
         (ray / "__init__.py").write_text("import os\nSEEN = os.environ.get('RAY_JOB_ID')\n")
         self.worker = ray / "_private/workers/default_worker.py"
-        self.worker.write_text(WORKER)
+        self.agent = ray / "dashboard/agent.py"
+        self.client = ray / "util/client/server"
+        for program in (self.worker, self.agent, self.client / "__main__.py"):
+            program.parent.mkdir(parents=True, exist_ok=True)
+            program.write_text(WORKER)
+        self.words = [str(self.worker)]
+        self.ends_input = False
         self.write("__init__.py", "import os, ray, vllm.late\nos.environ['MADE'] = 'by import'\n")
         self.program(f"#!{sys.executable}\n{RAY}")
         self.order = folder / "order.json"
@@ -94,8 +106,9 @@ class RayGround(Ground):
     def make_start(self, name: str, env: dict[str, str]) -> Start:
         scratch = self.parking.claim() or self.folder
         self.claimed.append(scratch)
-        order = {"worker": str(self.worker), "folder": str(self.folder), "out": str(self.out)}
-        self.order.write_text(json.dumps({**order, "env": env}))
+        order = {"words": self.words, "folder": str(self.folder), "out": str(self.out)}
+        order |= {"ends_input": self.ends_input, "env": env}
+        self.order.write_text(json.dumps(order))
         script = self.folder / name
         script.write_text(self.scripts()[name])
         environment = {
@@ -155,6 +168,12 @@ def ground(tmp_path):
     for folder in made.claimed:
         shutil.rmtree(folder, ignore_errors=True)
     assert eventually(lambda: made.left() == [], 5)
+
+
+def a_library() -> str:
+    """Some shared object that can be loaded."""
+    maps = Path("/proc/self/maps").read_text().split()
+    return next(word for word in maps if "/libc.so" in word or "/libc-" in word)
 
 
 def is_over(pid: int) -> bool:
@@ -220,6 +239,7 @@ def test_without_a_parked_process_ray_starts_its_workers_itself(ground):
     ("env", "why"),
     [
         ({"CUDA_HOME": "/opt/cuda"}, "CUDA_HOME changed since it was parked"),
+        ({"LD_PRELOAD": "libm.so.6"}, "LD_PRELOAD changed since it was parked"),
         ({"RAY_JOB_ID": "02000000"}, "RAY_JOB_ID changed since it was parked"),
     ],
 )
@@ -229,6 +249,36 @@ def test_a_worker_whose_environment_imports_did_not_see_starts_plainly(ground, e
     said = ground.said()
     assert (said["known"], said["pid"]) == (False, ground.hook())
     assert ground.workers() == f"1 plain: {why}"
+
+
+@pytest.mark.parametrize(("watched_by", "forked"), [("1", True), ("0", False)])
+def test_an_agent_that_knows_by_its_input_when_to_end_is_forked(ground, watched_by, forked):
+    ground.park()
+    ground.words, ground.ends_input = ["-u", str(ground.agent)], True
+    by_input = {"RAY_enable_pipe_based_agent_to_parent_health_check": watched_by}
+    ground.ray_start(**by_input, RAY_UNTIL="its input ends")
+    said = ground.said()
+    assert (said["known"], said["pid"] != ground.hook()) == (forked, forked)
+    assert ground.code() == 0
+
+
+def test_a_helper_that_is_run_as_a_module_is_forked(ground):
+    ground.park()
+    ground.words = ["-m", "ray.util.client.server"]
+    ground.ray_start()
+    said = ground.said()
+    assert said["known"]
+    assert said["argv"] == [str(ground.client / "__main__.py"), "--id=a b"]
+    assert ground.code() == 0
+
+
+def test_the_allocator_that_ray_loads_into_its_helpers_is_no_reason_to_start_plainly(ground):
+    ground.park()
+    allocator = ground.folder / "lib/ray/core/libjemalloc.so"
+    allocator.parent.mkdir()
+    allocator.symlink_to(a_library())
+    ground.ray_start(LD_PRELOAD=str(allocator))
+    assert ground.said()["known"]
 
 
 def test_when_whoever_ray_started_is_killed_the_worker_ends(ground):
