@@ -90,13 +90,14 @@ class Checks(BaseModel):
 
 class Command(BaseModel):
     """One process of the engine. `after_port`: wait until the leader listens there, and `after_s`
-    seconds longer."""
+    seconds longer. `after_others`: a parked process waits for these to listen, too."""
 
     model_config = ConfigDict(frozen=True)
     name: str
     script: str
     after_port: int | None = None
     after_s: float = 0.0
+    after_others: tuple[tuple[str, int], ...] = ()
     parkable: bool = False  # a parked engine process may become it
 
 

@@ -43,30 +43,34 @@ def engine_scripts(spec: FleetSpec, layout: Layout) -> dict[str, str]:
 
 
 def commands_of(
-    rank: int, layout: Layout, ports: dict[str, int], scripts: dict[str, str]
+    rank: int,
+    layout: Layout,
+    ports: dict[str, int],
+    scripts: dict[str, str],
+    raylets: tuple[tuple[str, int], ...] = (),
 ) -> tuple[Command, ...]:
-    """The processes of one rank, in the order in which they start. One of them may be parked."""
+    """The processes of one rank, in the order in which they start. One of them may be parked.
 
-    def command(
-        name: str, script: str, after_port: int | None = None, after_s: float = 0.0
-    ) -> Command:
-        return Command(
-            name=name,
-            script=scripts[script],
-            after_port=after_port,
-            after_s=after_s,
-            parkable=name != "ray-head" and "park.sh" in scripts,
-        )
+    ports: the leader's. raylets: where those of the other ranks are going to listen.
+    """
+
+    def command(name: str, script: str, after: int | None = None) -> Command:
+        parkable = name != "ray-head" and "park.sh" in scripts
+        return Command(name=name, script=scripts[script], after_port=after, parkable=parkable)
 
     if layout.executor == "mp":
         return (command("headless" if rank else "serve", "serve-mp.sh"),)
-    # Whoever asks the head before it listens waits ever longer between tries; and a worker that
-    # asks for the head's raylet before it has registered waits two seconds.
+    # Whoever asks the head before it listens waits ever longer between tries; a worker that asks
+    # for the head's raylet before it has registered waits two seconds; and an engine that was
+    # parked is so quick that it would warn of too few GPUs.
     if rank > 0:
-        raylet = ports["node_manager"]
-        return (command("ray-worker", "ray-worker.sh", raylet, _RAYLET_REGISTERS_WITHIN_S),)
+        worker = command("ray-worker", "ray-worker.sh", ports["node_manager"])
+        return (worker.model_copy(update={"after_s": _RAYLET_REGISTERS_WITHIN_S}),)
     serve = command("serve", "serve-ray.sh", ports["rendezvous"])
-    return (command("ray-head", "ray-head.sh"), serve)
+    return (
+        command("ray-head", "ray-head.sh"),
+        serve.model_copy(update={"after_others": raylets}),
+    )
 
 
 def served_names(spec: FleetSpec) -> list[str]:

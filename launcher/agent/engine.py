@@ -36,6 +36,7 @@ from launcher.ports import to_check
 FENCE_GRACE_S = 5.0
 LOG_READ_BYTES = 4 * 1024 * 1024
 SEGMENT_SCAN_S = 5.0
+OTHERS_WITHIN_S = 10.0  # then it starts all the same, and says itself what is missing
 
 
 @dataclass
@@ -65,7 +66,8 @@ class Engine:
     newest_health: Callable[[], NodeFacts | None] = lambda: None
     _processes: list[_Process] = field(default_factory=list)
     _pending: list[int] = field(default_factory=list)
-    _heard_at: dict[int, float] = field(default_factory=dict)  # when a port of the leader was open
+    _heard_at: dict[tuple[str, int], float] = field(default_factory=dict)  # who listens, and since
+    _quick_since: float | None = None  # when a parked process was there for what is pending
     _started_at: float = 0.0
     _stop_at: float | None = None
     _stop_grace_s: float = 0.0
@@ -187,6 +189,8 @@ class Engine:
             command = self.member.commands[self._pending[0]]
             if self.parking and self.parking.waiting_for:
                 return self.parking.waiting_for
+            if self._quick_since:
+                return f"Ray on the other nodes, to start {command.name}"
             return f"the leader's port {command.after_port}, to start {command.name}"
         return self.probe.waiting_for if self.probe else ""
 
@@ -216,7 +220,7 @@ class Engine:
             command = self.member.commands[self._pending[0]]
             if self.has_gpus and command.name != "ray-head" and self._rehearses():
                 return  # both would want the GPUs' memory; Ray starts meanwhile
-            if command.after_port and not self._may_follow(command.after_port, command.after_s):
+            if not self._may_start(command, time.monotonic()):
                 return
             script = make_private(self.around.logs.parent / "engine") / f"{command.name}.sh"
             write_text(script, command.script, mode=0o700)
@@ -233,12 +237,23 @@ class Engine:
             self.started_at = time.time()
             self._processes.append(_Process(command.name, child, log))
 
-    def _may_follow(self, port: int, after_s: float) -> bool:
-        """Whether the leader has listened there for so long."""
-        if port not in self._heard_at and _listens(self.member.leader_address, port):
-            self._heard_at[port] = time.monotonic()
-        heard_at = self._heard_at.get(port)
-        return heard_at is not None and time.monotonic() - heard_at >= after_s
+    def _may_start(self, command: Command, now: float) -> bool:
+        """Whether those listen that it needs."""
+        if command.after_port is None:
+            return True
+        heard_at = self._listens_since(self.member.leader_address, command.after_port)
+        if heard_at is None or now - heard_at < command.after_s:
+            return False
+        if self.parking is None or not self.parking.is_ready:
+            return True
+        self._quick_since = self._quick_since or now
+        is_late = now - self._quick_since > OTHERS_WITHIN_S
+        return is_late or all(self._listens_since(*other) for other in command.after_others)
+
+    def _listens_since(self, address: str, port: int) -> float | None:
+        if (address, port) not in self._heard_at and _listens(address, port):
+            self._heard_at[address, port] = time.monotonic()
+        return self._heard_at.get((address, port))
 
     def _launch(self, command: Command, script: Path, log: Path) -> subprocess.Popen[bytes] | None:
         """The command's process: the parked one, or a new one; None while that is not known."""

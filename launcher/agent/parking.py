@@ -135,6 +135,12 @@ class Parking:
             self._drop("")
 
     @property
+    def is_ready(self) -> bool:
+        """Whether a process is there that has only to be told."""
+        process = self._heard()
+        return process is not None and process.state == "ready"
+
+    @property
     def scratch(self) -> Path | None:
         """Where the parked process works."""
         process = self._process

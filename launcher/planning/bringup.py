@@ -259,6 +259,11 @@ def _rank(
     shown = {}
     if rehearses:
         shown = rehearsal.rehearsals(context, replica, chosen, leader_ports["collective"])
+    raylets = tuple(
+        (chosen[node].ip, ports.block(replica.slot + _offset(draft, rank))["node_manager"])
+        for rank, node in enumerate(replica.nodes)
+        if rank
+    )
     for rank, seat in enumerate(replica.seats):
         guard = ports.block(replica.slot + _offset(draft, rank))["guard"]
         others = [leader, *replica.nodes] if rank else list(replica.nodes)
@@ -276,7 +281,9 @@ def _rank(
             interface=chosen[seat.node].interface,
             leader_address=chosen[leader].ip,
             ports=leader_ports,
-            commands=render.commands_of(rank, context.layout, leader_ports, context.scripts),
+            commands=render.commands_of(
+                rank, context.layout, leader_ports, context.scripts, raylets
+            ),
             ranks_per_node=context.layout.ranks_per_node,
             secret_environment=context.secret_names,
             served_model=context.spec.name,

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from launcher import ports
+from launcher import ports, render
 from launcher.agent import lastwords
 from launcher.cli import output
 from launcher.documents import Assignment
@@ -146,3 +146,16 @@ def test_the_cause_is_the_first_error_that_is_not_the_echo_of_another():
 )
 def test_spans_are_short(seconds, text):
     assert output.span(seconds) == text
+
+
+def test_ray_serves_from_a_parked_process_only_when_the_other_nodes_are_there():
+    """Else vLLM warns of too few GPUs; and a worker comes when the head's raylet is there."""
+    model = spec(nodes=2, executor="ray")
+    layout = choose_layout(model, 1, ModelFacts())
+    block, scripts = ports.block(7), render.engine_scripts(model, layout)
+    others = (("10.0.0.2", block["node_manager"]),)
+    head, serve = render.commands_of(0, layout, block, scripts, others)
+    (worker,) = render.commands_of(1, layout, block, scripts, others)
+    assert (head.after_port, serve.after_port) == (None, block["rendezvous"])
+    assert (head.after_others, serve.after_others, worker.after_others) == ((), others, ())
+    assert (worker.after_port, worker.after_s > 0) == (block["node_manager"], True)
