@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from health.probes.host import busy_ports
 from health.report import NodeFacts
 from launcher.agent import bundle, handover, lastwords, processes
@@ -375,17 +377,22 @@ class Engine:
 
     def _note_segments(self) -> None:
         """What it has mapped: that is left behind by whoever is killed."""
-        below = [p for p in self.reaper.descendants() if p.pid not in self._suspects.hanging]
-        self._segments.look(below)
+        self._segments.look(self._answering())
+
+    def _answering(self) -> list[psutil.Process]:
+        return [p for p in self.reaper.descendants() if p.pid not in self._suspects.hanging]
 
     def _go_on_stopping(self, now: float) -> None:
         """The last started command first: an API server ends its requests while Ray lives."""
         assert self._stop_at is not None
-        self._note_segments()  # a young engine makes them while it is being ended
         living = [p for p in self._processes if p.child.poll() is None]
         if living and now - self._stop_at < self._stop_grace_s:
+            self._note_segments()
             self._terminate(living[-1])
             return
+        # A young engine makes segments while it is being ended: what is stopped makes no more.
+        processes.hold_all(self._answering())
+        self._note_segments()
         self._kill_everything()
         left = [p for p in self._processes if p.child.poll() is None]
         if not left and not self.reaper.descendants():

@@ -225,6 +225,13 @@ def is_below(found: str, mark: str) -> bool:
     return found == mark or found.startswith(f"{mark}/")
 
 
+def hold_all(processes: list[psutil.Process]) -> None:
+    """Stop them where they are; they are to be killed."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.suspend()
+
+
 def kill_all(processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from multiprocessing import shared_memory
@@ -10,10 +11,16 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher import ports
 from launcher.agent import processes, segments
+from launcher.agent.engine import Engine
 from launcher.agent.segments import Segments
+from launcher.agent.surroundings import Surroundings
 from launcher.agent.sweep import sweep
+from launcher.documents import Command
 from launcher.paths import NodePaths
+from tests.launcher.fleets import eventually
+from tests.launcher.worlds import lone_member
 
 CHILD = """
 import multiprocessing, sys, time
@@ -23,6 +30,18 @@ segment = shared_memory.SharedMemory(create=True, size=4096)
 for name, kind in ((segment._name, "shared_memory"), (lock._semlock.name, "semaphore")):
     resource_tracker.unregister(name, kind)
 print(segment.name, lock._semlock.name.strip("/"), flush=True)
+time.sleep(60)
+"""
+
+
+FOR_EVER = """
+import os, time
+from multiprocessing import resource_tracker, shared_memory
+made = []
+for number in range(3000):
+    name = f"psm_test{os.getpid()}-{number}"
+    made.append(shared_memory.SharedMemory(name, create=True, size=4096))
+    resource_tracker.unregister(made[-1]._name, "shared_memory")
 time.sleep(60)
 """
 
@@ -157,3 +176,23 @@ def test_a_note_is_written_when_there_is_more_to_tell_and_when_there_is_room_aga
     seen.remove()
     assert there(engine.names) == []
     assert not node.segments.exists()
+
+
+def test_an_engine_that_makes_segments_until_it_is_killed_leaves_none(tmp_path):
+    around = Surroundings("n1", *[tmp_path] * 4, "test-young/n1", {**os.environ}, {})
+    words = shlex.join([sys.executable, "-c", FOR_EVER])
+    block = ports.block(8)
+    member = lone_member().model_copy(
+        update={
+            "rank": 1,
+            "ports": block,
+            "guard_port": block["guard"],
+            "commands": (Command(name="headless", script=f"{words}; sleep 60"),),
+        }
+    )
+    engine = Engine(member, around, processes.Reaper())
+    engine.start()
+    assert eventually(lambda: len(list(segments.FOLDER.glob("psm_test*"))) > 20, 10)
+    engine.stop(0.0)
+    assert eventually(lambda: engine.poll() or engine.gone, 10)
+    assert list(segments.FOLDER.glob("psm_test*")) == []
