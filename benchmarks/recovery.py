@@ -2,11 +2,11 @@
 
     python benchmarks/recovery.py [--rounds 3] [--executor ray|mp|both] [--json]
 
-On this machine, in turn in every round, under the same load: a fleet of two nodes (`steady`)
-answers two clients without a pause. Beside it
+On this machine, in turn in every round:
 
-    recovered_s  a second fleet (two nodes, one spare, all parked) loses its follower's node by
-                 `launcher drill node`: from the verdict to the next generation's first token
+    recovered_s  a fleet (two nodes, one spare, all parked) loses its follower's node by `launcher
+                 drill node`: from the verdict to the next generation's first token. The node that
+                 comes in the spare's place parks meanwhile, on the same cores.
     cold_s       the same engine is started by hand with nothing there, to its first token; stock
                  vLLM, which spawns its processes on the CPU
     cold_fork_s  the same with the plug-in of examples/cpu_engine, which forks, as the fleet does
@@ -21,14 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import alternate, document, ratios, say, scratch, show, tables
 from benchmarks.engines import Fleet, by_hand, engine_options, executors
-from benchmarks.load import Load
 
-CLIENTS = 2
 RATIOS = {("recovered_s", "cold_s"): 0.25, ("recovered_s", "cold_fork_s"): None}
 
 
 def recovered(executor: str, state: Path) -> dict[str, float]:
-    fleet = Fleet("subject", state, executor, start="fork", warm="auto", spares=1)
+    fleet = Fleet("tiny", state, executor, start="fork", warm="auto", spares=1)
     with fleet.running():
         fleet.wait_until_parked()
         told = fleet.document("drill", "node", "--yes", "--fleet", fleet.name)
@@ -47,17 +45,13 @@ def cold_fork(executor: str) -> dict[str, float]:
 
 
 def measured(executor: str, state: Path, rounds: int) -> dict[str, Any]:
-    # It parks nothing: that would be load at the beginning only.
-    steady = Fleet("steady", state, executor, start="fork", warm="off")
     columns = [
         functools.partial(recovered, executor, state),
         functools.partial(cold, executor),
         functools.partial(cold_fork, executor),
     ]
-    with steady.running() as (told, _), Load(told, CLIENTS) as load:
-        figures = alternate(columns, rounds, executor)
-    answered = {"clients": CLIENTS, "answered": len(load.took_s), "failed": load.failed}
-    return {**figures, "ratios": ratios(figures, RATIOS), "load": answered}
+    figures = alternate(columns, rounds, executor)
+    return {**figures, "ratios": ratios(figures, RATIOS)}
 
 
 def main() -> int:

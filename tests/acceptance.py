@@ -6,6 +6,7 @@ ONLY selects: `matrix`, `bench`, `faults`, `gateway`, or a pytest -k expression 
 """
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -17,6 +18,11 @@ from benchmarks.gateway_page import page
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+ENGINES = {
+    "bringup": "From command to first token",
+    "recovery": "From the verdict to serving again",
+    "parking": "What parking costs the engine beside it",
+}
 BY_HAND = "<!-- measured by hand; kept by make acceptance -->"
 
 
@@ -46,9 +52,10 @@ def matrix(chosen: str) -> int:
 def benchmarks() -> int:
     """Each benchmark once, its figures as a table with the command that repeats it."""
     lines = [f"# Measurements, {_today()}", "", f"Machine: {machine()}.", ""]
-    lines += _bringup(_json("benchmarks/bringup.py"))
+    for name, title in ENGINES.items():
+        lines += engines(name, title, _json(f"benchmarks/{name}.py"))
     command_line = _json("benchmarks/cli.py")
-    lines += ["", "## The command line", "", "`python benchmarks/cli.py`", ""]
+    lines += ["## The command line", "", "`python benchmarks/cli.py`", ""]
     lines += [
         "| command | median, s | against | ratio | bound |",
         "| --- | --- | --- | --- | --- |",
@@ -65,24 +72,26 @@ def benchmarks() -> int:
     return 0
 
 
-def _bringup(found: dict) -> list[str]:
+def engines(name: str, title: str, found: dict) -> list[str]:
+    """Two tables of a benchmark that starts engines: its figures, and their ratios."""
     lines = [
-        "## From command to first token",
+        f"## {title}",
         "",
-        "`python benchmarks/bringup.py` (its `--help` says what each figure is)",
+        f"`python benchmarks/{name}.py` (its `--help` says what each figure is)",
         "",
-        "| executor | what | each round, s | against | each round, s | ratio of medians | bound |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| executor | figure | each round | median |",
+        "| --- | --- | --- | --- |",
     ]
+    compared = ["| executor | ratio of medians | is | bound |", "| --- | --- | --- | --- |"]
     for executor, figures in found["results"].items():
+        for figure, values in figures.items():
+            if figure != "ratios":
+                each, median = ", ".join(map(str, values)), f"{statistics.median(values):g}"
+                lines += [f"| {executor} | {figure} | {each} | {median} |"]
         for row in figures["ratios"]:
-            of, against = row["of"], row["against"]
-            ours, theirs = (", ".join(map(str, figures[name])) for name in (of, against))
-            bound = row["bound"] or "none"
-            lines += [
-                f"| {executor} | {of} | {ours} | {against} | {theirs} | {row['ratio']} | {bound} |"
-            ]
-    return lines
+            pair, bound = f"{row['of']} / {row['against']}", row["bound"] or "none"
+            compared += [f"| {executor} | {pair} | {row['ratio']} | {bound} |"]
+    return [*lines, "", *compared, ""]
 
 
 def _preflight(found: dict) -> list[str]:

@@ -126,7 +126,8 @@ class Engine:
             self._go_on_stopping(now)
             return
         self._start_ready_commands()
-        for process in self._processes:
+        # The last started first: Ray's head, made by the twin of `serve`, ends with it.
+        for process in reversed(self._processes):
             if process.child.poll() is not None:
                 self._fail_by_exit(process)
                 return

@@ -45,7 +45,8 @@ def bring_up(draft: Draft, replica: ReplicaRecord) -> None:
     chosen = _addresses(draft, replica, reports)
     if chosen is None:
         return
-    if wait_s := back_off_s(replica, now):
+    asked = draft.snapshot.restarts.get(replica.name, replica.restarts_asked)
+    if asked <= replica.restarts_asked and (wait_s := back_off_s(replica, now)):
         draft.wait(replica.name, f"the next try in {wait_s:.0f} s")
         return
     # A replica that must come back is not kept waiting: what it served over is known to work.
@@ -57,7 +58,7 @@ def bring_up(draft: Draft, replica: ReplicaRecord) -> None:
         "generation": replica.generation + 1,
         "rehearses": rehearses,
         # Whoever asked for a restart until now gets it by this generation.
-        "restarts_asked": draft.snapshot.restarts.get(replica.name, replica.restarts_asked),
+        "restarts_asked": asked,
     }
     draft.do(*_rank(draft, replica, reports, chosen, rehearses=rehearses))
     draft.do(Note(replica.name, changes))

@@ -116,6 +116,15 @@ def test_ranks_given_after_it_was_asked_for_are_the_restart():
     assert (r1.generation, r1.restarts_asked, r1.stopping_at) == (1, 3, None)
 
 
+def test_whoever_asks_does_not_wait_for_the_next_try():
+    context = worlds.make_context()
+    waits = worlds.checked(context, not_before=worlds.NOW + 50, restarts_asked=2)
+    made = plan(context, waits, seen("warm", 2))
+    assert made.waiting_for == ("r1: the next try in 50 s",)
+    asked = done(waits, plan(context, waits, seen("warm", 3))).replicas["r1"]
+    assert (asked.generation, asked.restarts_asked) == (1, 3)
+
+
 def test_a_restart_that_was_taken_up_is_not_taken_up_again():
     context = worlds.make_context()
     record = worlds.ranked(context)
