@@ -130,7 +130,7 @@ class Observer:
             self._last_seen[agent] = seen
         report = seen.report
         if report is None:
-            return NodeView(node, problem=seen.problem, reachable=not seen.problem)
+            return NodeView(node, problem=seen.problem, reachable=seen.ended or not seen.problem)
         beat, since = self._beats.get(agent, (-1, now))
         if report.beat != beat:
             beat, since = report.beat, now
@@ -152,5 +152,5 @@ class Observer:
             answers_at=contact.addresses if contact else (),
             problem=seen.problem,
             ended=seen.ended,
-            reachable=not seen.problem,
+            reachable=seen.ended or not seen.problem,
         )

@@ -59,3 +59,19 @@ def test_the_next_allocations_agent_is_unknown_until_it_has_reported_itself(tmp_
     backend.now[2, "h1"] = Seen(report("h1", heartbeat_port=222))
     view = seen()
     assert view.report.heartbeat_port == 222
+
+
+def test_an_agent_that_has_ended_does_not_make_its_node_unreachable(tmp_path):
+    """Else what it held is never given back, and who needs the node waits for ever."""
+    backend, record = Reports(), begun(make_context())
+    observer = Observer(backend, None)
+    one = {"r1.a1": allocation(1, tmp_path)}
+
+    def reachable(seen: Seen) -> bool:
+        backend.now[1, "h1"] = seen
+        looked = observer.observe(record, one, "up", Ledger(), GatewayView())
+        return looked.allocations["r1.a1"].agents["h1"].reachable
+
+    stopped = report("h1", "stopped")
+    assert reachable(Seen(stopped, ended=True, problem="its agent's process ended"))
+    assert not reachable(Seen(stopped, problem="no route to host"))

@@ -154,7 +154,7 @@ def test_fifty_rounds_of_park_serve_kill_leave_nothing_and_take_no_more_memory(
 ):
     segments = set(Path("/dev/shm").iterdir())
     folders = set(scratch_root().glob("fl-*"))
-    fleet.spec |= {"executor": executor, **ONE_NODE}
+    fleet.spec |= {"executor": executor, **ONE_NODE, "limits": {"restarts": 1000}}
     code, document = fleet.up()
     assert code == 0, document["error"]
     memory = []
