@@ -17,7 +17,9 @@ _ECHO = re.compile(
     r"RayTaskError|See root cause above|EngineDeadError|Executor failed"
     r"|WorkerProc initialization failed"
     r"|Engine core initialization failed|resource_tracker|SystemExit|KeyboardInterrupt"
+    r"|e\.g\., out of memory"  # Ray's guess about an agent of its own that was killed
 )
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")  # Ray's
 # The access log tells of what the gateway and we ask all the time.
 _OWN_QUESTION = re.compile(r'"GET /(metrics|health) HTTP')
 CAUSE_MAX = 400
@@ -25,7 +27,7 @@ CAUSE_MAX = 400
 
 def cause(log: str) -> str:
     """The first line that names an error which is not the echo of another; empty if none does."""
-    lines = [_PREFIX.sub("", raw).strip() for raw in log.splitlines()]
+    lines = [_PREFIX.sub("", raw).strip() for raw in _COLOURS.sub("", log).splitlines()]
     for number, text in enumerate(lines):
         if _CAUSE.match(text) and not _ECHO.search(text):
             # Below a heading stands what is wrong.
@@ -38,7 +40,7 @@ def tail(log: str, lines: int = 20, width: int = 500) -> str:
     """Its last lines, but for empty ones and those about our own questions."""
     kept = [
         line.rstrip()[:width]
-        for line in log.splitlines()
+        for line in _COLOURS.sub("", log).splitlines()
         if line.strip() and not _OWN_QUESTION.search(line)
     ]
     return "\n".join(kept[-lines:])

@@ -139,6 +139,9 @@ def test_the_cause_is_the_first_error_that_is_not_the_echo_of_another():
         "torch"
     )
     assert lastwords.cause("all is well\n") == ""
+    guess = "\x1b[33m(raylet)\x1b[0m - The agent is killed by the OS (e.g., out of memory).\n"
+    assert lastwords.cause(guess) == ""
+    assert lastwords.tail(guess).startswith("(raylet) - The agent")
 
 
 @pytest.mark.parametrize(
