@@ -1,4 +1,5 @@
-# Two commands on a fresh machine: `make up` and `make test`. Everything lies in .venv/.
+# Two commands on a fresh machine: `make up` and `make test`. Environment and engine lie in
+# .venv/, the model in models/.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

@@ -87,7 +87,8 @@ def document(name: str, **found: Any) -> dict[str, Any]:
 
 def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1024**3
-    return f"{os.cpu_count()} cores, {memory} GiB, {platform.system()} {platform.release()}"
+    kernel = ".".join(platform.release().split(".")[:2])
+    return f"{os.cpu_count()} cores, {memory} GiB, {platform.system()} {kernel}"
 
 
 def show(found: dict[str, Any], text: str, *, as_json: bool) -> None:

@@ -1,6 +1,6 @@
 """Ask a fleet of this user something and print the answer: python chat.py FLEET [QUESTION]
 
-With the official client it is the same in three lines; see README.md.
+With the official client it is the same in a few lines; see README.md.
 """
 
 import json

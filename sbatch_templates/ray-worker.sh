@@ -1,4 +1,4 @@
-# --- a Ray worker, on every other node; started when the head listens ----------------------------
+# --- a Ray worker, on every other node; started when the head's raylet listens --------------------
 export VLLM_HOST_IP="$LAUNCHER_NODE_ADDRESS" VLLM_PORT="$LAUNCHER_PORT_VLLM_FIRST"
 
 COMMAND=(ray start --block --disable-usage-stats

@@ -221,8 +221,8 @@ class Engine:
     def _start_ready_commands(self) -> None:
         while self._pending:
             command = self.member.commands[self._pending[0]]
-            if self.has_gpus and command.name != "ray-head" and self._rehearses():
-                return  # both would want the GPUs' memory; Ray starts meanwhile
+            if self.has_gpus and not command.name.startswith("ray-") and self._rehearses():
+                return  # both would want the GPUs' memory; Ray itself wants none
             if not self._may_start(command, time.monotonic()):
                 return
             script = make_private(self.around.logs.parent / "engine") / f"{command.name}.sh"

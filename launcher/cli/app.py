@@ -247,7 +247,7 @@ def restart(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Restart one replica, also one that was given up. Its requests end first."""
+    """Restart one replica, also one that was given up or waits. Its requests end first."""
     from launcher.cli import restart as command
 
     paths = _find(file, fleet)
@@ -370,7 +370,9 @@ def bootstrap(
     fleet: FleetOption = None,
     wheels: Annotated[
         Path | None,
-        typer.Option("--wheels", help="A folder of wheels, for hosts without a package index."),
+        typer.Option(
+            "--wheels", help="A folder of wheels, where this machine has no package index."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -22,13 +22,11 @@ PURE = [
     *("health/checks/node.py", "launcher/heartbeat.py", "launcher/quoting.py"),
     *("launcher/agent/lastwords.py", "launcher/agent/progress.py", "launcher/agent/handover.py"),
     *("launcher/figures.py", "launcher/notices.py", "launcher/succession.py"),
-    *("launcher/drilling.py", "launcher/planning/drills.py", "launcher/backends/ssh_lines.py"),
-    "launcher/phases.py",
+    *("launcher/drilling.py", "launcher/phases.py", "launcher/backends/ssh_lines.py"),
     *("launcher/gateway/documents.py", "launcher/gateway/choose.py", "launcher/gateway/tally.py"),
     *("launcher/gateway/events.py", "launcher/gateway/refusal.py", "launcher/gateway/members.py"),
     *("launcher/gateway/feed.py", "launcher/gateway/front.py", "launcher/gateway/metrics.py"),
-    *(f"launcher/planning/{name}.py" for name in ("draft", "plan", "gather", "bringup")),
-    *(f"launcher/planning/{name}.py" for name in ("unfit", "ending", "holdings", "spares")),
+    *(f"launcher/planning/{file.name}" for file in (ROOT / "launcher/planning").glob("*.py")),
     *("launcher/gateway/keyring.py", "launcher/gateway/continuation.py"),
 ]
 
