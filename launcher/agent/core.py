@@ -1,5 +1,6 @@
 """The agent's loop: read assignment.json, make the node so, write report.json. I/O."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from health.probes.host import boot_id
 from launcher import __version__
-from launcher.agent import drills, processes
+from launcher.agent import drills, processes, segments
 from launcher.agent.checks import Watch
 from launcher.agent.engine import Engine
 from launcher.agent.footing import own_addresses, read_secrets, take_lock
@@ -71,11 +72,13 @@ class Agent:
         self._phase_since: tuple[NodePhase, float] = ("starting", time.time())
         self._fenced_revision = 0
         self._ordered_to_end = False
+        self._shared_before: frozenset[int] = frozenset()
         self._boot_id = boot_id()
 
     def run(self) -> None:
         processes.become_subreaper()
         sweep(self.mark, [self.paths])  # what an agent before us left
+        self._shared_before = segments.present()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self.heart.start()
@@ -188,7 +191,8 @@ class Agent:
             leader = next((p.node for p in member.peers), None) if member.rank else None
             self.heart.hold(member.scope, member.peers, leader)
             has_gpus = bool(self.watch.facts and self.watch.facts.gpus)
-            self.engine = Engine(member, self._surroundings(), self.reaper, has_gpus, self.parking)
+            around, before = self._surroundings(), self._shared_before
+            self.engine = Engine(member, around, self.reaper, has_gpus, self.parking, before)
             self.engine.newest_health = lambda: self.watch.health or self.watch.facts
             self.engine.start()
 
@@ -324,11 +328,13 @@ class Agent:
     def _node_environment(self) -> dict[str, str]:
         """What the scripts' preamble needs where no engine is being started."""
         around = self._surroundings()
+        with contextlib.suppress(OSError, StateError):  # what needs it says so
+            make_private(around.cache)
         return {
             "LAUNCHER_NODE": self.node,
             "LAUNCHER_TMP": str(self.paths.root),
             "LAUNCHER_BASE": str(self.base.root),
-            "LAUNCHER_CACHE": str(make_private(around.cache)),
+            "LAUNCHER_CACHE": str(around.cache),
             "LAUNCHER_MARK": self.mark,
         }
 

@@ -31,6 +31,7 @@ from launcher.agent.surroundings import Surroundings, own_ports, scratch_folder
 from launcher.agent.suspects import Suspects
 from launcher.agent.waiting import Start
 from launcher.documents import Command, Evidence, Member, Parked
+from launcher.errors import StateError
 from launcher.files import make_private, read_tail, write_text
 from launcher.paths import NodePaths
 from launcher.ports import to_check
@@ -57,6 +58,7 @@ class Engine:
     reaper: Reaper
     has_gpus: bool = False
     parking: Parking | None = None
+    shared_before: frozenset[int] = frozenset()  # in /dev/shm: see Segments
     started: str = ""  # how its last command came to be: see MemberReport
     begun_at: float | None = None
     started_at: float | None = None
@@ -88,7 +90,7 @@ class Engine:
         self.scratch = claimed or scratch_folder(
             self.around.mark, f"{self.member.scope}/{self.member.rank}"
         )
-        self._segments = Segments(NodePaths(self.around.logs.parent).segments)
+        self._segments = Segments(NodePaths(self.around.logs.parent).segments, self.shared_before)
 
     def start(self) -> None:
         """Prove the ports free, hold the guard port, start every command that waits for none."""
@@ -103,8 +105,13 @@ class Engine:
         with contextlib.suppress(OSError):  # lost the race by a hair: the engine will say so
             self._guard.bind((member.address, member.guard_port))
             self._guard.listen(1)
-        write_text(make_private(self.scratch) / SCRATCH_MARK, self.around.mark)
-        make_private(self.around.cache)
+        try:
+            write_text(make_private(self.scratch) / SCRATCH_MARK, self.around.mark)
+        except (OSError, StateError) as error:
+            self._fail("error", f"cannot prepare its folder: {error}", process="engine")
+            return
+        with contextlib.suppress(OSError, StateError):  # the engine says itself what it lacks
+            make_private(self.around.cache)
         self._pending = list(range(len(member.commands)))
         if member.rank == 0:
             self.probe = TokenProbe(self._api())
@@ -186,10 +193,11 @@ class Engine:
 
     @property
     def waiting_for(self) -> str:
-        if self._pending and self.has_gpus and self._rehearses():
+        pending = self._pending  # a fence empties it from another thread
+        if pending and self.has_gpus and self._rehearses():
             return "the collective check"
-        if self._pending:
-            command = self.member.commands[self._pending[0]]
+        if pending:
+            command = self.member.commands[pending[0]]
             if self.parking and self.parking.waiting_for:
                 return self.parking.waiting_for
             if self._quick_since:
@@ -219,20 +227,20 @@ class Engine:
         return {p.name: p.child.pid for p in self._processes if p.child.returncode is None}
 
     def _start_ready_commands(self) -> None:
-        while self._pending:
-            command = self.member.commands[self._pending[0]]
+        while pending := self._pending:  # a fence empties it from another thread
+            command = self.member.commands[pending[0]]
             if self.has_gpus and not command.name.startswith("ray-") and self._rehearses():
                 return  # both would want the GPUs' memory; Ray itself wants none
             if not self._may_start(command, time.monotonic()):
                 return
-            script = make_private(self.around.logs.parent / "engine") / f"{command.name}.sh"
-            write_text(script, command.script, mode=0o700)
             log = self.around.logs / f"g{self.member.generation}.{command.name}.log"
             try:
+                script = make_private(self.around.logs.parent / "engine") / f"{command.name}.sh"
+                write_text(script, command.script, mode=0o700)
                 child = self._launch(command, script, log)
-            except OSError as error:
+            except (OSError, StateError) as error:
                 self._pending = []
-                self._fail("error", f"cannot start: {error.strerror}", process=command.name)
+                self._fail("error", f"cannot start: {error}", process=command.name)
                 return
             if child is None:
                 return
@@ -417,7 +425,7 @@ class Engine:
 
     def _clean_up(self) -> None:
         if self.parking:
-            self.parking.release()
+            self.parking.clear()
         for process in self._processes:
             self.reaper.forget(process.child.pid)
         self.reaper.collect_adopted()

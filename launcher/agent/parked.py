@@ -19,8 +19,9 @@ import runpy
 import shutil
 import sys
 import tempfile
+import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*\.[A-Z]\w*\Z")
 _HARMLESS = re.compile(r"/dev/(?:null|zero|full|u?random|tty|ptmx|pts/\d+)\Z")
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _IO_IDLE, _IO_USUAL = 3 << 13, 0
+_AUTOGROUP_TRIES = 5
 
 
 class UnfitError(Exception):
@@ -81,24 +83,48 @@ def main() -> None:
         return
     gc.collect()
     gc.freeze()  # children share these pages as long as nobody writes to them
+    installed = _installed(script)
+
+    def stale() -> str:
+        now = _installed(script)
+        changed = [path for path in {*installed, *now} if installed.get(path) != now.get(path)]
+        return f"{changed[0]} changed since it was parked" if changed else ""
 
     def wake() -> None:
         _step_forward(steps_back)
 
-    words = None
+    words, why = None, ""
     if twin:
-        words = twin.leave(_twins_folder(), before, late, (0, channel), _call_ourselves, wake)
+        own = twin.Own((0, channel), _call_ourselves, wake, stale)
+        try:
+            words = twin.leave(_twins_folder(), before, late, own)
+        except OSError as error:
+            why = f"Ray's processes start plainly: {error}"
     if words is None:
-        _tell(channel, state="ready", missing=missing)
-        order = _one_line()
-        if order is None:
-            return
-        wake()
-        _take_over(order)
-        _tell(channel, state="taken")
-        os.close(channel)
-        _call_ourselves(ENGINE)
-        words = order["argv"]
+        _tell(channel, state="ready", missing=missing, reason=why)
+        words = _ordered(channel, wake, stale)
+    if words is not None:
+        _become(words)
+
+
+def _ordered(channel: int, wake: Callable[[], None], stale: Callable[[], str]) -> list[str] | None:
+    """Wait for the order and take over what it says; its words, or None where it cannot be."""
+    order = _one_line()
+    if order is None:
+        return None
+    if why := stale():
+        _tell(channel, state="stale", reason=why)
+        return None
+    wake()
+    _take_over(order)
+    _tell(channel, state="taken")
+    os.close(channel)
+    _call_ourselves(ENGINE)
+    words: list[str] = order["argv"]
+    return words
+
+
+def _become(words: list[str]) -> None:
     # The very file that a plain start runs: no entry point has to be known here.
     if words[0] == "-m":
         sys.argv = words[1:]
@@ -272,6 +298,26 @@ def _check(given: set[str]) -> None:
             raise UnfitError(f"an import opened {file}")
 
 
+def _installed(script: str) -> dict[Path, int]:
+    """Since when the installation is as it is: its folders, or the files of a source checkout.
+
+    An installer makes or removes something in these folders whatever it does. What was imported
+    from another version must not be mixed with what is imported from now on.
+    """
+    folders = {Path(entry) for entry in sys.path}
+    places = {one for one in folders if one.name in ("site-packages", "dist-packages")}
+    files = {Path(script)}
+    for name, module in sys.modules.items():
+        file = getattr(module, "__file__", None)
+        if file and name.split(".")[0] == "vllm" and not places.intersection(Path(file).parents):
+            files.add(Path(file))
+    found = {}
+    for path in places | files:
+        with contextlib.suppress(OSError):
+            found[path] = path.stat().st_mtime_ns
+    return found
+
+
 def _open_files() -> Iterator[str]:
     """Devices, sockets and pipes that are open; ordinary files do no harm to a fork."""
     for link in Path("/proc/self/fd").iterdir():
@@ -334,18 +380,26 @@ def _step_back() -> str:
 def _step_forward(way: str) -> None:
     if not way:
         return
-    _set_io_priority(_IO_USUAL)
-    with contextlib.suppress(OSError):
-        if way == "nice":
-            os.setpriority(os.PRIO_PROCESS, 0, 0)
-        elif way == "session":
+    for thread in Path("/proc/self/task").iterdir():  # a library's began while we were back
+        with contextlib.suppress(OSError):
+            _set_io_priority(_IO_USUAL, int(thread.name))
+            if way == "nice":
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), 0)
+    for _ in range(_AUTOGROUP_TRIES if way == "session" else 0):
+        try:
             _write("/proc/self/autogroup", "0")
+        except BlockingIOError:  # the kernel takes one such write of ordinary users each 0.1 s
+            time.sleep(0.1)
+        except OSError:
+            return
+        else:
+            return
 
 
-def _set_io_priority(value: int) -> None:
+def _set_io_priority(value: int, thread: int = 0) -> None:
     number = _IOPRIO_SET.get(platform.machine())
     if number is not None:
-        ctypes.CDLL(None).syscall(number, 1, 0, value)
+        ctypes.CDLL(None).syscall(number, 1, thread, value)
 
 
 def _call_ourselves(name: str) -> None:

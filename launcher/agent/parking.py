@@ -16,7 +16,7 @@ from pathlib import Path
 from launcher.agent import handover, memory, processes
 from launcher.agent.processes import SCRATCH_MARK, Reaper
 from launcher.agent.surroundings import Surroundings, scratch_folder
-from launcher.agent.waiting import Start, Waiting
+from launcher.agent.waiting import TELL_WITHIN_S, Start, Waiting
 from launcher.documents import Park, Parked
 from launcher.errors import StateError
 from launcher.files import make_private, read_tail, write_text
@@ -25,6 +25,7 @@ READY_WITHIN_S = 180.0  # 15 s where the files are in memory; a cold shared file
 TAKE_WITHIN_S = 5.0
 LOOK_EVERY_S = 5.0
 AGAIN_AFTER_S = 60.0
+LATER_S = 600.0  # after what passes only if whatever slowed or killed it does
 _TURN_S = 0.3  # for what mostly takes some milliseconds: the agent's turn goes on then
 
 
@@ -47,6 +48,7 @@ class Parking:
     parked: Parked | None = None
     _order: Park | None = None
     _process: Waiting | None = None
+    _aside: Waiting | None = None  # given up, but Ray's head is of its twin
     _reason: str = ""  # why there is none, or why the last start was plain
     _is_refused: bool = False  # it failed in a way that will not change
     _again_at: float = 0.0
@@ -72,7 +74,8 @@ class Parking:
         elif process.child.poll() is not None:
             self._lost(process, now)
         elif process.state == "importing" and now - process.made_at > READY_WITHIN_S:
-            self._refuse(f"its imports took longer than {READY_WITHIN_S:.0f} s")
+            self._again_at = now + LATER_S
+            self._drop(f"its imports took longer than {READY_WITHIN_S:.0f} s")
         elif not process.claimed and now - self._looked_at > LOOK_EVERY_S:
             self._looked_at = now
             left = self.available_bytes()
@@ -97,36 +100,51 @@ class Parking:
         if process.asked_at is None:
             process.asked_at = now
             if process.state == "importing" and process.quietly and not process.hurry():
-                return self._drop("its imports had begun at the lowest priority, and stay there")
+                return self._give_up(
+                    "its imports had begun at the lowest priority, and stay there"
+                )
         process.ask(wanted, within_s=0.0)
         if process.state == "importing":
             if now - process.asked_at <= wanted.wait_s:
                 return None
-            return self._drop(f"its imports were not done {wanted.wait_s:.0f} s after the order")
+            return self._give_up(
+                f"its imports were not done {wanted.wait_s:.0f} s after the order"
+            )
         process.ask(wanted, within_s=_TURN_S)
         if process.answer is None:
-            return None
+            if now - process.asked_at <= TELL_WITHIN_S + TAKE_WITHIN_S:
+                return None
+            return self._give_up("its start script did not tell what it would start")
         if isinstance(process.answer, str):
-            return self._refuse(process.answer)
+            self._again_at = now + LATER_S
+            return self._give_up(process.answer)
         change = process.change(process.answer)
         if why := handover.refusal(change):
-            return self._refuse(why)  # the next one would know no better
+            self._is_refused = True  # the next one would know no better
+            return self._give_up(why)
         if why := process.send(process.answer, change, wanted, now):
-            return self._drop(why)
+            return self._give_up(why)
         process.listen(_TURN_S)
         return self._taken(process, now)
 
     def release(self) -> None:
-        """The engine is over; a process that it did not take has lost its folder."""
+        """The engine is being ended; a process that it did not take has lost its folder."""
         if self._process and self._process.claimed:
             self._drop("the engine ended before it was taken")
 
+    def clear(self) -> None:
+        """The engine is over."""
+        self.release()
+        if self._aside:
+            self._aside.end()
+            self._aside = None
+
     def kill_claimed(self) -> None:
         """From any thread: one that is about to become the engine shall not, after a fence."""
-        process = self._process
-        if process is not None and process.claimed:
-            processes.signal_group(process.child.pid, signal.SIGKILL)
-            processes.kill_all(processes.marked(process.mark))
+        for process in (self._process, self._aside):
+            if process is not None and process.claimed:
+                processes.signal_group(process.child.pid, signal.SIGKILL)
+                processes.kill_all(processes.marked(process.mark))
 
     def end(self) -> None:
         """Nothing is parked any more, and nothing will be."""
@@ -193,7 +211,11 @@ class Parking:
             return None
         process.listen()
         if process.state == "unfit":
-            self._refuse(process.reason)
+            self._is_refused = True
+            self._drop(process.reason)
+        elif process.state == "stale":
+            self._again_at = 0.0  # the next one has what is installed now
+            self._give_up(process.reason)
         elif process.state == "ready" and self.parked and self.parked.state == "importing":
             self.parked = Parked(
                 state="ready", since=time.time(), took_s=process.took_s, reason=process.reason
@@ -205,7 +227,7 @@ class Parking:
             assert process.sent_at is not None
             if process.child.poll() is None and now - process.sent_at < TAKE_WITHIN_S:
                 return None
-            return self._drop("it did not take its order")
+            return self._give_up("it did not take its order")
         process.let_go()
         adopted = Adopted(process.child, process.mark, self.parked)
         self._process, self._again_at = None, 0.0
@@ -219,11 +241,16 @@ class Parking:
             self._again_at = now + AGAIN_AFTER_S
             self._drop(how)
             return
+        self._again_at = now + LATER_S
         lines = read_tail(self.around().logs / "park.log", 2000).strip().splitlines()
-        self._refuse(how + (f": {lines[-1][:200]}" if lines else ""))
+        self._drop(how + (f": {lines[-1][:200]}" if lines else ""))
 
-    def _refuse(self, reason: str) -> str:
-        self._is_refused = True
+    def _give_up(self, reason: str) -> str:
+        """The engine starts plainly. Where its Ray's head was forked from the twin, that one has
+        to live as long."""
+        process = self._process
+        if process and process.claimed and process.has_twin and process.child.poll() is None:
+            self._aside, self._process = process, None
         return self._drop(reason)
 
     def _drop(self, reason: str) -> str:

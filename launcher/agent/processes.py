@@ -21,6 +21,7 @@ from launcher.files import open_log
 MARK_VARIABLE = "LAUNCHER_MARK"
 SCRATCH_MARK = ".mark"
 _SHORT_ROOT = 16
+_REST_WITHIN_S = 1.0
 # What an engine starts to compile a kernel; by these names we only look, and end nobody.
 _COMPILERS = {
     *("ptxas", "cicc", "nvcc", "cudafe++", "nvlink", "fatbinary", "ninja", "cc1", "cc1plus"),
@@ -30,6 +31,18 @@ _COMPILERS = {
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _rest(child: subprocess.Popen[bytes]) -> bytes:
+    """What a killed child has said; whoever left its group may hold its output for ever."""
+    try:
+        return child.communicate(timeout=_REST_WITHIN_S)[0]
+    except subprocess.TimeoutExpired as late:
+        for stream in filter(None, (child.stdin, child.stdout)):
+            with contextlib.suppress(OSError):
+                stream.close()
+        child.poll()
+        return late.output or b""
 
 
 def become_subreaper() -> None:
@@ -91,8 +104,7 @@ class Reaper:
             code = child.returncode
         except subprocess.TimeoutExpired:
             signal_group(child.pid, signal.SIGKILL)
-            output, _ = child.communicate()
-            code = 124
+            output, code = _rest(child), 124
         finally:
             self._own.pop(child.pid, None)
         return code, output

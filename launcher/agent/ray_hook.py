@@ -36,14 +36,26 @@ def hand_over(folder: str) -> None:
         twin = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         twin.settimeout(_WITHIN_S)
         twin.connect(f"{folder}/twin")
-        order = {"words": words, "environment": dict(os.environ), "folder": os.getcwd()}  # noqa: PTH109
+        order = {
+            "words": words,
+            "environment": dict(os.environ),
+            "folder": os.getcwd(),  # noqa: PTH109
+            "pids": os.readlink("/proc/self/ns/pid"),  # noqa: PTH115
+            "oom_score_adj": read("/proc/self/oom_score_adj"),
+        }
         text = json.dumps(order).encode() + b"\n"
         files = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", (0, 1, 2)))]
         sent = twin.sendmsg([text], files)
         twin.sendall(text[sent:])
         if twin.recv(1) != b"+":
             return
+        twin.sendall(b"!")  # from here on it is one of us, and it is the twin's
         stay(twin)
+
+
+def read(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.read().strip()
 
 
 def is_known(words: list[str]) -> bool:

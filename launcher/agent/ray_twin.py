@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import json
 import os
-import select
 import selectors
 import signal
 import socket
@@ -27,6 +26,8 @@ _ORDER_MAX_BYTES = 4 << 20
 _ORDER_WITHIN_S = 5.0
 _GRACE_S = 5.0
 _OURS = ("LAUNCHER_", "RAY_")
+_PIDFD_OPEN = 434  # on every machine
+_PIDS = "/proc/self/ns/pid"
 _WORKER = "/ray/_private/workers/default_worker.py"
 # What Ray's library reads once, when it is imported: the job of a worker, and the process with
 # which a worker ends. A cluster of ours has one job, and a worker of ours ends with our parent.
@@ -49,21 +50,25 @@ def forget() -> None:
         os.environ.pop(name, None)
 
 
-def leave(
-    folder: Path,
-    before: Mapping[str, str],
-    late: set[str],
-    close: tuple[int, ...],
-    call: Callable[[str], None],
-    wake: Callable[[], None],
-) -> list[str] | None:
+@dataclass(frozen=True)
+class Own:
+    """What the parked process lends. files: those of its own, to be closed. call: how a process
+    names itself. wake: what is done once when work comes. stale: why it is too old to be used."""
+
+    files: tuple[int, ...]
+    call: Callable[[str], None]
+    wake: Callable[[], None]
+    stale: Callable[[], str]
+
+
+def leave(folder: Path, before: Mapping[str, str], late: set[str], own: Own) -> list[str] | None:
     """Fork the twin, which listens in this folder. Back with None in the parked process, and with
-    its words in each process of Ray, which has taken over everything else already.
+    its words in each process of Ray, which has taken over everything else already. Raises OSError
+    where there can be no twin.
 
     before: the environment before all imports. late: variables that are read at a start.
-    close: files of the parked process alone. call: how a process names itself. wake: what is done
-    once when work comes.
     """
+    os.close(_pidfd(os.getpid()))  # a kernel before 5.3 has none
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / "twin"
     path.unlink(missing_ok=True)
@@ -75,11 +80,11 @@ def leave(
         listening.close()
         return None
     _die_with(parent)
-    for file in close:
+    for file in own.files:
         os.close(file)
-    call(NAME)
+    own.call(NAME)
     variables = Variables(before, dict(os.environ), late)
-    return Twin(listening, variables, folder / "workers", wake).run()
+    return Twin(listening, variables, folder / "workers", own).run()
 
 
 @dataclass(frozen=True)
@@ -119,10 +124,11 @@ class Twin:
         listening: socket.socket,
         variables: Variables,
         record: Path,
-        wake: Callable[[], None],
+        own: Own,
     ) -> None:
         self._pid = os.getpid()
-        self._wake: Callable[[], None] | None = wake
+        self._own = own
+        self._is_awake = False
         self._listening = listening
         self._variables = variables
         self._record = record
@@ -147,16 +153,16 @@ class Twin:
     def _accept(self) -> list[str] | None:
         """Answer one hook; its words in the process that was forked for it."""
         hook, _ = self._listening.accept()
-        if self._wake:
-            self._wake()
-            self._wake = None
+        if not self._is_awake:
+            self._own.wake()
+            self._is_awake = True
         pid, files = -1, list[int]()
         order: dict[str, Any] = {}
         why = ""
         try:
             hook.settimeout(_ORDER_WITHIN_S)
-            order, files = _received(hook)
-            why = self._refusal(order, hook)
+            order = _received(hook, files)
+            why = self._refusal(order) or _not_agreed(hook)
             pid = -1 if why else os.fork()
         except (OSError, ValueError, KeyError) as error:
             why = f"{type(error).__name__}: {error}"
@@ -168,15 +174,19 @@ class Twin:
             os.close(file)
         if pid < 0:
             hook.close()
-            return None
-        self._watch(pid, hook)
-        with contextlib.suppress(OSError):
-            hook.sendall(b"+")
+        else:
+            self._watch(pid, hook)
         return None
 
     def _watch(self, pid: int, hook: socket.socket) -> None:
-        self._hooks[pid] = hook
-        self._pidfds[pid] = pidfd = os.pidfd_open(pid)
+        try:
+            pidfd = _pidfd(pid)
+        except OSError:  # no file is left: the hook ends, and says by its code that it failed
+            _signal(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            hook.close()
+            return
+        self._hooks[pid], self._pidfds[pid] = hook, pidfd
         self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._ended(pid))
         self._selector.register(hook, selectors.EVENT_READ, lambda: self._told(pid))
 
@@ -221,11 +231,18 @@ class Twin:
             os.close(file)
         return _take_over(order, self._variables.completed(order["environment"]))
 
-    def _refusal(self, order: dict[str, Any], hook: socket.socket) -> str:
+    def _refusal(self, order: dict[str, Any]) -> str:
         """Why it has to start plainly, if it has to."""
+        words = order["words"]
         if refused := self._variables.refused(order["environment"]):
             return f"{', '.join(refused[:3])} changed since it was parked"
-        return "it was not answered in time" if _has_gone_on(hook) else ""
+        if order["pids"] != os.readlink(_PIDS):  # noqa: PTH115 - no file, a name
+            return "its process ids are those of another container"
+        if words[0].endswith(_WORKER) and not any(w.startswith("--worker-id=") for w in words):
+            return (
+                "this Ray lets workers draw their ids, and those of one twin would draw the same"
+            )
+        return self._own.stale()
 
     def _note(self, reason: str) -> None:
         """How a worker came to be, for the report."""
@@ -234,8 +251,10 @@ class Twin:
             file.write(line + "\n")
 
 
-def _received(hook: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    text, files, _, _ = socket.recv_fds(hook, 1 << 16, 3)
+def _received(hook: socket.socket, files: list[int]) -> dict[str, Any]:
+    """The order; its output is put into `files`, also where the order is broken."""
+    text, found, _, _ = socket.recv_fds(hook, 1 << 16, 3)
+    files += found
     while not text.endswith(b"\n"):
         part = hook.recv(1 << 16)
         if not part or len(text) > _ORDER_MAX_BYTES:
@@ -243,16 +262,34 @@ def _received(hook: socket.socket) -> tuple[dict[str, Any], list[int]]:
         text += part
     if len(files) != 3:
         raise ValueError("an order without its output")
-    return json.loads(text), files
+    order: dict[str, Any] = json.loads(text)
+    return order
 
 
-def _has_gone_on(hook: socket.socket) -> bool:
-    """It waited too long for us, and is the worker itself by now; there must not be two."""
-    return bool(select.select([hook], [], [], 0.0)[0])  # it says no more: this is its end
+def _not_agreed(hook: socket.socket) -> str:
+    """Whether it still waits for us, and will. Else it is the worker itself by now; there must not
+    be two."""
+    said = b""
+    with contextlib.suppress(OSError):
+        hook.sendall(b"+")
+        said = hook.recv(1)
+    return "" if said == b"!" else "it was not answered in time"
+
+
+def _pidfd(pid: int) -> int:
+    """As os.pidfd_open, which many builds of Python lack. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if (file := libc.syscall(_PIDFD_OPEN, pid, 0)) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"pidfd_open: {os.strerror(number)}")
+    return int(file)
 
 
 def _take_over(order: dict[str, Any], environment: dict[str, str]) -> list[str]:
     before = {*sys.path, *os.environ.get("PYTHONPATH", "").split(os.pathsep)}
+    # Ray has told the kernel whom to kill first when memory is short: not the one in its place.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(order["oom_score_adj"], encoding="ascii")
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(order["folder"])

@@ -26,17 +26,23 @@ class Noted(Document):
     inodes: dict[str, int]
 
 
-class Segments:
-    """Those of one engine."""
+def present() -> frozenset[int]:
+    """Inodes of what this user has there now."""
+    return frozenset(_own().values())
 
-    def __init__(self, note: Path) -> None:
+
+class Segments:
+    """Those of one engine. before: what was there before the agent is another's, mapped or not."""
+
+    def __init__(self, note: Path, before: frozenset[int] = frozenset()) -> None:
         self._note = note
+        self._before = before
         self._mapped: set[int] = set()
         self._noted: dict[str, int] = {}
 
     def look(self, engine: Iterable[psutil.Process]) -> None:
         """What these have mapped by now. The note is written where it has become more."""
-        self._mapped |= mapped_by(engine)
+        self._mapped |= mapped_by(engine) - self._before
         named = {name: inode for name, inode in _own().items() if inode in self._mapped}
         if named.items() <= self._noted.items():
             return
@@ -54,14 +60,20 @@ class Segments:
 def mapped_by(processes: Iterable[psutil.Process]) -> set[int]:
     """Inodes of what they have mapped there: theirs to leave behind when killed.
 
-    By inode, for a named semaphore is mapped under the name that it had before it was linked.
+    By inode, for a named semaphore is mapped under the name that it had before it was linked; and
+    in our own /dev/shm, for a container may have another, which counts anew.
     """
-    found, below = set(), f" {FOLDER}/"
+    found, below = set[int](), f" {FOLDER}/"
+    try:
+        number = FOLDER.stat().st_dev
+    except OSError:
+        return found
+    device = f"{os.major(number):02x}:{os.minor(number):02x}"
     for process in processes:
         with contextlib.suppress(OSError):
             with open(f"/proc/{process.pid}/maps", encoding="utf-8", errors="replace") as maps:
                 for row in maps:  # thousands for an engine: look before splitting
-                    if below in row:
+                    if below in row and row.split(maxsplit=5)[3] == device:
                         found.add(int(row.split(maxsplit=5)[4]))
     return found
 

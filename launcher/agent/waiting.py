@@ -43,7 +43,7 @@ class Waiting:
     scratch: Path
     mark: str
     made_at: float
-    state: Literal["importing", "ready", "unfit", "taken"] = "importing"
+    state: Literal["importing", "ready", "unfit", "stale", "taken"] = "importing"
     reason: str = ""
     took_s: float | None = None
     quietly: bool = False  # it was made beside an engine that serves, with what that one left
@@ -70,16 +70,18 @@ class Waiting:
         *lines, self._output = self._output.split(b"\n")
         for line in lines:
             with contextlib.suppress(ValueError):
-                self._hear(json.loads(line))
+                message = json.loads(line)
+                if isinstance(message, dict):
+                    self._hear(message)
 
     def _hear(self, message: dict[str, str]) -> None:
         match message.get("state"):
-            case "unfit":
-                self.state, self.reason = "unfit", message.get("reason", "unfit")
+            case "unfit" | "stale" as state:
+                self.state, self.reason = state, message.get("reason", state)
             case "ready":
                 missing = ", ".join(message.get("missing") or ())
-                self.state = "ready"
-                self.reason = f"could not import {missing}"[:500] if missing else ""
+                told = (message.get("reason"), missing and f"could not import {missing}")
+                self.state, self.reason = "ready", "; ".join(filter(None, told))[:500]
                 self.took_s = round(time.monotonic() - self.made_at, 2)
             case "taken":
                 self.state = "taken"
@@ -111,8 +113,8 @@ class Waiting:
         words = ["/bin/bash", str(wanted.script)]
         try:
             code, output = self.reaper.run_bytes(words, environment, TELL_WITHIN_S)
-        except OSError as error:
-            self.answer = f"its start script did not run: {error.strerror}"
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            self.answer = f"its start script did not run: {error}"
             return
         found = handover.split_told(output)
         said = output[-300:].decode("utf-8", "replace").strip() if found is None else ""
@@ -137,6 +139,11 @@ class Waiting:
         self.sent_at = now
         return ""
 
+    @property
+    def has_twin(self) -> bool:
+        """Whether Ray's processes may have been forked from its twin: they end with it."""
+        return (self.scratch / "ray/twin").exists()
+
     def let_go(self) -> None:
         """It is the engine's now: its pipes are closed, and it ends with the engine."""
         self.reaper.reserved.discard(self.child.pid)
@@ -151,7 +158,7 @@ class Waiting:
         processes.signal_group(self.child.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.child.wait(1.0)
-            self.reaper.forget(self.child.pid)
+        self.reaper.forget(self.child.pid)  # else it is reaped like an orphan, when it ends
         processes.kill_all(processes.marked(self.mark))
         if not self.claimed:
             shutil.rmtree(self.scratch, ignore_errors=True)

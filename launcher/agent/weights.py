@@ -79,14 +79,16 @@ class WeightsWatch:
             self.found = Weights(at=time.time(), reason=f"cannot look: {error.strerror}")
             return
         self._reaper.reserved.add(child.pid)  # an engine's end does not wait for it
-        said, broken = _asked(child, place)
-        self._took_s = time.monotonic() - began
-        self.found = _parsed(said, broken)
-        if self._stage == "starting":
-            self._forget_page_cache()
-        child.wait()
-        self._reaper.reserved.discard(child.pid)
-        self._reaper.forget(child.pid)
+        try:
+            said, broken = _asked(child, place)
+            self._took_s = time.monotonic() - began
+            self.found = _parsed(said, broken)
+            if self._stage == "starting":
+                self._forget_page_cache()
+        finally:
+            child.wait()
+            self._reaper.reserved.discard(child.pid)
+            self._reaper.forget(child.pid)
 
 
 def _asked(child: subprocess.Popen[bytes], place: ModelPlace) -> tuple[bytes, str]:

@@ -128,7 +128,7 @@ def main() -> None:
     found = versions()
     parts = (engine_name(found), folder_name(gpu_type()), model_name(os.environ["LAUNCHER_MODEL"]))
     folder = Path(os.environ["LAUNCHER_CACHE"], ENGINES, *parts)
-    before = os.environ.get(FLASHINFER) or str(Path.home())
+    before = os.environ.get(FLASHINFER) or os.path.expanduser("~")  # noqa: PTH111 - never raises
     moved = variables(folder, os.environ.get("LAUNCHER_CACHES_KEPT", "").split())
     os.environ.update(moved)
     try:

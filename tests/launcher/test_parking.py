@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from launcher import render
-from launcher.agent import handover, memory, parking, processes
+from launcher.agent import handover, memory, parking, processes, waiting
 from launcher.agent.parking import Adopted, Parking
 from launcher.agent.processes import Reaper
 from launcher.agent.surroundings import Surroundings
@@ -254,8 +254,44 @@ def test_an_import_that_hangs_is_ended_at_its_deadline(ground, monkeypatch):
     ground.write("__init__.py", "import time\ntime.sleep(60)\n")
     assert "its imports took longer than 1 s" in ground.park(until="none").reason
     assert ground.left() == []
-    ground.parking.turn(time.monotonic() + 1000, idle=True, serving=False)
-    assert ground.left() == [], "what hangs once hangs again"
+    ground.parking.turn(time.monotonic() + parking.LATER_S / 2, idle=True, serving=False)
+    assert ground.left() == [], "what hung a moment ago hangs again"
+    ground.parking.turn(time.monotonic() + parking.LATER_S * 2, idle=True, serving=False)
+    assert ground.left() != [], "a file system that was slow is not slow for ever"
+
+
+@pytest.mark.parametrize("installed", ["a checkout that is edited", "a package that is added"])
+def test_what_was_installed_meanwhile_is_not_mixed_with_what_was_imported_before(
+    ground, installed
+):
+    packages = ground.folder / "site-packages"
+    packages.mkdir()
+    ground.env["PYTHONPATH"] = f"{packages}:{ground.package.parent}"
+    ground.park()
+    if installed == "a checkout that is edited":
+        ground.write("late.py", "NEW = True\n")
+    else:
+        (packages / "vllm-9.dist-info").mkdir()
+    changed = packages if installed == "a package that is added" else ground.package / "late.py"
+    assert ground.start() == f"{changed} changed since it was parked"
+    assert ground.park().state == "ready", "the next one has what is installed now"
+    assert isinstance(ground.start(), Adopted)
+
+
+def test_a_start_script_that_leaves_its_output_to_a_daemon_is_not_waited_for(ground, monkeypatch):
+    monkeypatch.setattr(waiting, "TELL_WITHIN_S", 1.0)
+    ground.park()
+    scratch = ground.parking.claim()
+    ground.claimed.append(scratch)
+    wanted = ground.wanted(scratch)
+    pid = ground.folder / "daemon.pid"
+    wanted.script.write_text(f"setsid sh -c 'echo $$ >{pid}; exec sleep 60' &\nsleep 60\n")
+    began = time.monotonic()
+    while (found := ground.parking.start(wanted, time.monotonic())) is None:
+        assert time.monotonic() < began + 10
+        time.sleep(0.05)
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+    assert "its start script ended with code 124" in found
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,19 @@ def test_a_command_waits_until_its_leader_has_listened_for_as_long_as_it_says(tm
         assert list(engine.pids) == ["ray-worker"]
         engine.stop(0.0)
         assert eventually(lambda: engine.poll() or engine.gone, 10)
+
+
+def test_a_folder_that_cannot_be_made_ends_the_start_and_not_the_agent(tmp_path):
+    around = Surroundings("n1", *[tmp_path] * 4, "test-full/n1", {**os.environ}, {})
+    block = ports.block(SLOT)
+    member = lone_member().model_copy(
+        update={"rank": 1, "ports": block, "guard_port": block["guard"]}
+    )
+    engine = Engine(member, around, processes.Reaper())
+    engine.scratch.write_text("a file of somebody else's")
+    try:
+        engine.start()
+        assert "cannot prepare its folder" in engine.evidence.message
+        assert eventually(lambda: engine.poll() or engine.gone, 10)
+    finally:
+        engine.scratch.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ import json, os, subprocess, sys, time
 order = json.loads(open(os.environ["RAY_ORDER"]).read())
 environment = {**os.environ, "RAY_JOB_ID": "01000000", **order["env"]}
 with open(order["out"], "wb") as out:
-    words = [sys.executable, *order["words"], "--id=a b"]
+    words = [sys.executable, *order["words"], order["option"]]
     child = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=out, stderr=out,
                              cwd=order["folder"])
     open(order["out"] + ".pid", "w").write(str(child.pid))
@@ -72,6 +72,7 @@ class RayGround(Ground):
             program.write_text(WORKER)
         self.words = [str(self.worker)]
         self.ends_input = False
+        self.option = "--worker-id=a b"
         self.write("__init__.py", "import os, ray, vllm.late\nos.environ['MADE'] = 'by import'\n")
         self.program(f"#!{sys.executable}\n{RAY}")
         self.order = folder / "order.json"
@@ -107,7 +108,7 @@ class RayGround(Ground):
         scratch = self.parking.claim() or self.folder
         self.claimed.append(scratch)
         order = {"words": self.words, "folder": str(self.folder), "out": str(self.out)}
-        order |= {"ends_input": self.ends_input, "env": env}
+        order |= {"ends_input": self.ends_input, "option": self.option, "env": env}
         self.order.write_text(json.dumps(order))
         script = self.folder / name
         script.write_text(self.scripts()[name])
@@ -126,7 +127,7 @@ class RayGround(Ground):
         """As Ray would start it beside the first."""
         environment = psutil.Process(self.hook()).environ()
         with self.out.open("wb") as out:
-            words = [sys.executable, str(self.worker), "--id=2"]
+            words = [sys.executable, str(self.worker), "--worker-id=2"]
             return subprocess.Popen(words, env=environment, stdout=out, stderr=out)
 
     def said(self) -> dict:
@@ -188,7 +189,7 @@ def test_a_worker_of_ray_is_forked_with_everything_imported(ground):
     assert isinstance(ground.ray_start(RAY_UNTIL="3"), Adopted)
     said = ground.said()
     assert said["known"], ground.workers()
-    assert said["argv"] == [str(ground.worker), "--id=a b"]
+    assert said["argv"] == [str(ground.worker), "--worker-id=a b"]
     assert (said["folder"], said["main"], said["job"]) == (
         str(ground.folder),
         "__main__",
@@ -268,7 +269,7 @@ def test_a_helper_that_is_run_as_a_module_is_forked(ground):
     ground.ray_start()
     said = ground.said()
     assert said["known"]
-    assert said["argv"] == [str(ground.client / "__main__.py"), "--id=a b"]
+    assert said["argv"] == [str(ground.client / "__main__.py"), "--worker-id=a b"]
     assert ground.code() == 0
 
 
@@ -340,6 +341,31 @@ def test_ray_of_another_python_is_not_parked(ground):
     ground.program("#!/usr/bin/python3\n")
     reason = ground.park(until="none").reason
     assert "/bin/ray is run by /usr/bin/python3, and vllm by " in reason
+
+
+def test_a_head_lives_on_where_its_twins_parent_does_not_become_the_engine(ground):
+    ground.park()
+    head = ground.head_start(RAY_UNTIL="ever")
+    ray = psutil.Process(psutil.Process(ground.said()["pid"]).ppid())
+    assert ray.name() == "ray-twin"
+    serve = ground.make_start("ray-worker.sh", {})
+    serve.environment["CUDA_HOME"] = "/opt/cuda"
+    assert eventually(lambda: ground.parking.start(serve, time.monotonic()), 10)
+    assert "CUDA_HOME changed" in ground.parking.parked.reason
+    ground.parking.turn(time.monotonic(), idle=False, serving=False)
+    assert head.poll() is None
+    ground.parking.clear()
+    assert head.wait(5) != 0
+
+
+def test_workers_that_draw_their_own_ids_start_plainly(ground):
+    """Forks of one process would all draw the same."""
+    ground.park()
+    ground.words = [str(ground.worker), "--startup-token=1"]
+    ground.option = "--id=1"
+    ground.ray_start()
+    assert ground.said()["pid"] == ground.hook()
+    assert "draw their ids" in ground.workers()
 
 
 def test_a_sitecustomize_of_the_user_is_still_loaded(ground):

@@ -33,6 +33,7 @@ if (
     sys.exit("no token")
 if len(arguments.temp_dir) > 44:
     sys.exit("AF_UNIX path length cannot exceed 107 bytes")
+raylet = socket.create_server((arguments.node_ip_address, int(arguments.node_manager_port)))
 if arguments.head:
     server = socket.create_server((arguments.node_ip_address, arguments.port))
     while True:
