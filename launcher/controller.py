@@ -17,6 +17,7 @@ from launcher.apply import Executor
 from launcher.context import make_ground, read_secrets
 from launcher.errors import FleetError, SlurmError, StateError
 from launcher.files import make_private, read_document, write_document
+from launcher.heartbeat import HURRIED_PERIOD_S, PERIOD_S
 from launcher.herald import Herald
 from launcher.journal import Journal
 from launcher.loop import Loop
@@ -88,6 +89,7 @@ class Controller:
             while not self._wheel.told_to_end.is_set():
                 if self._round(loop, executor, traffic):
                     break
+                pulse.period_s = PERIOD_S if self._is_calm() else HURRIED_PERIOD_S
                 woken.wait(self._turn_s(executor.record))
                 woken.clear()
         finally:
@@ -127,10 +129,13 @@ class Controller:
     def _turn_s(self, record: RunRecord) -> float:
         if self._acted:
             return ACTED_TURN_S
-        if self._last_status is not None and self._last_status.phase == "serving":
+        if self._is_calm():
             return CALM_TURN_S
         waiting = any(r.seats and not r.ranked_at and not r.over for r in record.replicas.values())
         return STARTING_TURN_S if waiting else BUSY_TURN_S
+
+    def _is_calm(self) -> bool:
+        return self._last_status is not None and self._last_status.phase == "serving"
 
     def _remember_endpoint(self, executor: Executor, snapshot: Snapshot) -> None:
         """The fleet's address is the gateway's, told once a replica serves behind it."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 PERIOD_S = 1.0
+HURRIED_PERIOD_S = 0.25  # while a replica is on its way: what its nodes have to tell is waited for
 JOINING_PERIOD_S = 0.2  # a peer that has not read its assignment yet is asked again soon
 ANSWER_WITHIN_S = 1.2
 MISSES_MAX = 3  # lost 3 × 1.2 s after the last answer's question: 4.6 s at most (bound: 5 s)

@@ -1,4 +1,4 @@
-"""The controller's side of the heartbeat: asks every agent each second, where it can. I/O.
+"""The controller's side of the heartbeat: asks every agent each second, or sooner. I/O.
 
 The question carries the newest assignment revision, so that the agent reads its file at once; the
 answer carries the newest report revision, so that the controller does.
@@ -41,6 +41,7 @@ class Pulse(threading.Thread):
         self._leases: dict[tuple[str, str], Lease] = {}
         self._stopping = threading.Event()
         self.woken = threading.Event()
+        self.period_s = heartbeat.PERIOD_S
 
     def aim(self, targets: dict[str, Target]) -> None:
         """Ask exactly these agents from now on; a changed order is told at once."""
@@ -87,7 +88,7 @@ class Pulse(threading.Thread):
                 with self._lock:
                     nodes = list(self._targets)
                 self._ask(nodes)
-                next_ask = now + heartbeat.PERIOD_S
+                next_ask = now + self.period_s
         self._line.close()
 
     def _take(self, message: Message, now: float) -> None:

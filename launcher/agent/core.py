@@ -32,7 +32,7 @@ from launcher.files import make_private, read_document, write_document
 from launcher.paths import BasePaths
 
 TURN_S = 0.2
-WAITING_TURN_S = 0.05  # while an order or a port is awaited, every wait of ours delays the engine
+WAITING_TURN_S = 0.05  # while an order, a port or an end is awaited: we would delay the engine
 BEAT_S = 5.0
 ASSIGNMENT_POLL_S = 0.5
 LOOK_WITHIN_S = 1.0
@@ -87,7 +87,8 @@ class Agent:
         environment = {**clean_environment(), **self._node_environment()}
         self.watch = Watch(self.reaper, environment, self.node, self.mark)
         while not self._turn():
-            waits = self.engine is None or self.engine.starts
+            engine = self.engine
+            waits = engine is None or engine.starts or engine.is_stopping
             self.heart.woken.wait(WAITING_TURN_S if waits else TURN_S)
             self.heart.woken.clear()
         self.watch.stop()

@@ -39,6 +39,7 @@ from launcher.ports import to_check
 FENCE_GRACE_S = 5.0
 LOG_READ_BYTES = 4 * 1024 * 1024
 SEGMENT_SCAN_S = 5.0
+NOTE_EVERY_S = 0.2  # while it is being ended
 OTHERS_WITHIN_S = 10.0  # then it starts all the same, and says itself what is missing
 
 
@@ -76,6 +77,7 @@ class Engine:
     _stop_at: float | None = None
     _stop_grace_s: float = 0.0
     _scanned_at: float = 0.0
+    _noted_at: float = 0.0
     _guard: socket.socket | None = None
     _rehearsal: Rehearsing | None = None
     _watch: StallWatch | None = None
@@ -392,12 +394,15 @@ class Engine:
         return [p for p in self.reaper.descendants() if p.pid not in self._suspects.hanging]
 
     def _go_on_stopping(self, now: float) -> None:
-        """The last started command first: an API server ends its requests while Ray lives."""
+        """The last started command in order: an API server ends its requests while Ray lives.
+        Then nothing is worth to be ended in order: a Ray head takes seconds over nothing."""
         assert self._stop_at is not None
-        living = [p for p in self._processes if p.child.poll() is None]
-        if living and now - self._stop_at < self._stop_grace_s:
-            self._note_segments()
-            self._terminate(living[-1])
+        last = self._processes[-1] if self._processes else None
+        if last and last.child.poll() is None and now - self._stop_at < self._stop_grace_s:
+            if now - self._noted_at > NOTE_EVERY_S:
+                self._noted_at = now
+                self._note_segments()
+            self._terminate(last)
             return
         # A young engine makes segments while it is being ended: what is stopped makes no more.
         processes.hold_all(self._answering())

@@ -102,6 +102,10 @@ def _is_asking(draft: Draft) -> bool:
     return pending or any(isinstance(step, Allocate) for step in draft.steps)
 
 
+def _all_serve(draft: Draft) -> bool:
+    return all(replica.over or replica.serving_at for replica in draft.record.replicas.values())
+
+
 def _ask_for_spares(draft: Draft, missing: int) -> None:
     busy = {held.owner for held in draft.record.allocations.values() if not held.released}
     names = (f"s{number}" for number in range(1, 10_000))
@@ -112,6 +116,8 @@ def _ask_for_spares(draft: Draft, missing: int) -> None:
             draft.wait(f"spare {name}", f"the next try ({why})" if why else "the next try")
         elif not draft.context.pool and _is_asking(draft):
             draft.wait(f"spare {name}", "the replicas to have their nodes")
+        elif draft.context.shares_machine and not _all_serve(draft):
+            draft.wait(f"spare {name}", "the replicas to serve first, by the same cores")
         elif not draft.context.pool:
             draft.allocate(name, 1, ())
             draft.wait(f"spare {name}", "a node")

@@ -96,3 +96,17 @@ def test_one_that_ends_soon_is_better_than_none():
     steps = planned(left_s=600.0, lost=True)
     sits = next(one for one in steps if isinstance(one, Sit))
     assert [seat.node for seat in sits.seats] == ["h1", "h3"]
+
+
+@pytest.mark.parametrize(("serves", "asked"), [(None, 0), (NOW, 1)])
+def test_on_one_machine_spares_come_when_the_replicas_serve(serves, asked):
+    """Their imports would take the cores of the engine that starts."""
+    context = replace(make_context(pool=(), spares=1), shares_machine=True)
+    record = ranked(context, serving_at=serves, served=bool(serves))
+    phase = "serving" if serves else "joining"
+    views = [
+        view(node, report(node, phase, member=member(rank, token=bool(serves))))
+        for rank, node in enumerate(("h1", "h2"))
+    ]
+    made = make_plan(context, record, snapshot(*views))
+    assert len([step for step in made.steps if isinstance(step, Allocate)]) == asked
