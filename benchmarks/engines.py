@@ -119,13 +119,15 @@ class Hand:
         wait(look, what, ANSWERS_WITHIN_S)
 
     def end(self) -> None:
-        found = self._running()
+        ended, found = set[psutil.Process](), self._running()
         mapped = segments.mapped_by(found)
         while found:
             kill_all(found)
+            ended |= set(found)
             found = self._running()
         for child, _ in self._children:
             child.wait()
+        psutil.wait_procs(ended, timeout=5)  # orphans: as long as one maps a segment it stays
         segments.remove(mapped)
 
     def _said(self) -> str:

@@ -40,7 +40,7 @@ def matrix(chosen: str) -> int:
     lines = [
         f"# Acceptance, {_today()}",
         "",
-        f"Machine: {machine()}. Repeat: `make acceptance`.",
+        f"Machine: {machine()}. Repeat: `make acceptance{f' ONLY={chosen}' if chosen else ''}`.",
         "",
     ]
     lines += ["| test | outcome | seconds |", "| --- | --- | --- |"]
