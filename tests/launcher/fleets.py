@@ -1,12 +1,16 @@
 """A fleet under test: its spec, its commands, and what it has running. Shared by all backends."""
 
+import contextlib
 import json
 import os
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import yaml
+
+from launcher.agent.processes import Reaper
 
 
 class FleetUnderTest:
@@ -155,3 +159,16 @@ class Asking(threading.Thread):
     def stop(self) -> None:
         self._enough.set()
         self.join(60)
+
+
+class OwnReaper(Reaper):
+    """Of a process that has other children, too, as pytest has its testbed: they are spared."""
+
+    def descendants(self) -> list[psutil.Process]:
+        found = []
+        for pid in tuple(self._own):
+            with contextlib.suppress(psutil.Error):
+                child = psutil.Process(pid)
+                below = [child, *child.children(recursive=True)]
+                found += [one for one in below if one.status() != psutil.STATUS_ZOMBIE]
+        return found

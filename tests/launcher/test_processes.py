@@ -8,7 +8,7 @@ from launcher.agent import processes
 from launcher.agent.engine import Engine
 from launcher.agent.surroundings import Surroundings
 from launcher.documents import Command
-from tests.launcher.fleets import eventually
+from tests.launcher.fleets import OwnReaper, eventually
 from tests.launcher.worlds import lone_member
 
 SLOT = 7  # a block of ports that no fleet of the tests prefers
@@ -44,7 +44,7 @@ def test_a_command_waits_until_its_leader_has_listened_for_as_long_as_it_says(tm
                 "guard_port": block["guard"],
             }
         )
-        engine = Engine(member, around, processes.Reaper())
+        engine = Engine(member, around, OwnReaper())
         engine.start()
         assert engine.starts
         leader.listen()
@@ -65,7 +65,7 @@ def test_a_folder_that_cannot_be_made_ends_the_start_and_not_the_agent(tmp_path)
     member = lone_member().model_copy(
         update={"rank": 1, "ports": block, "guard_port": block["guard"]}
     )
-    engine = Engine(member, around, processes.Reaper())
+    engine = Engine(member, around, OwnReaper())
     engine.scratch.write_text("a file of somebody else's")
     try:
         engine.start()

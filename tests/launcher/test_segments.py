@@ -19,7 +19,7 @@ from launcher.agent.surroundings import Surroundings
 from launcher.agent.sweep import sweep
 from launcher.documents import Command
 from launcher.paths import NodePaths
-from tests.launcher.fleets import eventually
+from tests.launcher.fleets import OwnReaper, eventually
 from tests.launcher.worlds import lone_member
 
 CHILD = """
@@ -190,7 +190,7 @@ def test_an_engine_that_makes_segments_until_it_is_killed_leaves_none(tmp_path):
             "commands": (Command(name="headless", script=f"{words}; sleep 60"),),
         }
     )
-    engine = Engine(member, around, processes.Reaper())
+    engine = Engine(member, around, OwnReaper())
     engine.start()
     assert eventually(lambda: len(list(segments.FOLDER.glob("psm_test*"))) > 20, 10)
     engine.stop(0.0)
