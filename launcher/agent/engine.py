@@ -39,6 +39,7 @@ from launcher.ports import to_check
 FENCE_GRACE_S = 5.0
 LOG_READ_BYTES = 4 * 1024 * 1024
 SEGMENT_SCAN_S = 5.0
+YOUNG_SCAN_S = 1.0  # what it makes until it serves, it may leave behind a moment later
 NOTE_EVERY_S = 0.2  # while it is being ended
 OTHERS_WITHIN_S = 10.0  # then it starts all the same, and says itself what is missing
 
@@ -78,6 +79,7 @@ class Engine:
     _stop_grace_s: float = 0.0
     _scanned_at: float = 0.0
     _noted_at: float = 0.0
+    _has_looked: bool = False  # since it serves
     _guard: socket.socket | None = None
     _rehearsal: Rehearsing | None = None
     _watch: StallWatch | None = None
@@ -126,8 +128,10 @@ class Engine:
     def poll(self) -> None:
         """Look once: start what waited, notice what died, go on with a stop."""
         now = time.monotonic()
-        if now - self._scanned_at > SEGMENT_SCAN_S:
-            self._scanned_at = now
+        serves = self.is_serving or self.first_token_at is not None
+        every_s = SEGMENT_SCAN_S if self._has_looked else YOUNG_SCAN_S
+        if now - self._scanned_at > every_s or (serves and not self._has_looked):
+            self._scanned_at, self._has_looked = now, serves
             self._look_for_suspects(now)
             self._note_segments()
             self.reaper.collect_adopted()

@@ -178,19 +178,28 @@ def test_a_note_is_written_when_there_is_more_to_tell_and_when_there_is_room_aga
     assert not node.segments.exists()
 
 
-def test_an_engine_that_makes_segments_until_it_is_killed_leaves_none(tmp_path):
+def young_engine(tmp_path, program: str) -> Engine:
     around = Surroundings("n1", *[tmp_path] * 4, "test-young/n1", {**os.environ}, {})
-    words = shlex.join([sys.executable, "-c", FOR_EVER])
+    words = shlex.join([sys.executable, "-c", program])
     block = ports.block(8)
-    member = lone_member().model_copy(
-        update={
-            "rank": 1,
-            "ports": block,
-            "guard_port": block["guard"],
-            "commands": (Command(name="headless", script=f"{words}; sleep 60"),),
-        }
-    )
-    engine = Engine(member, around, OwnReaper())
+    command = Command(name="headless", script=f"{words}; sleep 60")
+    update = {"ports": block, "guard_port": block["guard"], "commands": (command,)}
+    member = lone_member().model_copy(update={"rank": 1, **update})
+    return Engine(member, around, OwnReaper())
+
+
+def test_an_engine_that_ends_soon_after_its_start_leaves_no_segment(tmp_path):
+    """Whoever mapped it is gone by then, and cannot be asked."""
+    ends = FOR_EVER.replace("range(3000)", "range(3)").replace("sleep(60)", "sleep(2.5)")
+    engine = young_engine(tmp_path, f"{ends}\nos.kill(os.getppid(), 9)\nos._exit(1)")
+    engine.start()
+    assert eventually(lambda: engine.poll() or engine.gone, 20)
+    assert engine.evidence is not None
+    assert list(segments.FOLDER.glob("psm_test*")) == []
+
+
+def test_an_engine_that_makes_segments_until_it_is_killed_leaves_none(tmp_path):
+    engine = young_engine(tmp_path, FOR_EVER)
     engine.start()
     assert eventually(lambda: len(list(segments.FOLDER.glob("psm_test*"))) > 20, 10)
     engine.stop(0.0)
