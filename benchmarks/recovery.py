@@ -5,8 +5,8 @@
 On this machine, in turn in every round:
 
     recovered_s  a fleet (two nodes, one spare, all parked) loses its follower's node by `launcher
-                 drill node`: from the verdict to the next generation's first token. The node that
-                 comes in the spare's place parks meanwhile, on the same cores.
+                 drill node`: from the verdict to the next generation's first token. On one machine
+                 the next spare comes only when that serves, so its imports are not beside it.
     cold_s       the same engine is started by hand with nothing there, to its first token; stock
                  vLLM, which spawns its processes on the CPU
     cold_fork_s  the same with the plug-in of examples/cpu_engine, which forks, as the fleet does

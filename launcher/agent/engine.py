@@ -38,9 +38,9 @@ from launcher.ports import to_check
 
 FENCE_GRACE_S = 5.0
 LOG_READ_BYTES = 4 * 1024 * 1024
-SEGMENT_SCAN_S = 5.0
+SCAN_S = 5.0
 YOUNG_SCAN_S = 1.0  # what it makes until it serves, it may leave behind a moment later
-NOTE_EVERY_S = 0.2  # while it is being ended
+ENDING_SCAN_S = 0.2
 OTHERS_WITHIN_S = 10.0  # then it starts all the same, and says itself what is missing
 
 
@@ -78,7 +78,6 @@ class Engine:
     _stop_at: float | None = None
     _stop_grace_s: float = 0.0
     _scanned_at: float = 0.0
-    _noted_at: float = 0.0
     _has_looked: bool = False  # since it serves
     _guard: socket.socket | None = None
     _rehearsal: Rehearsing | None = None
@@ -129,8 +128,7 @@ class Engine:
         """Look once: start what waited, notice what died, go on with a stop."""
         now = time.monotonic()
         serves = self.is_serving or self.first_token_at is not None
-        every_s = SEGMENT_SCAN_S if self._has_looked else YOUNG_SCAN_S
-        if now - self._scanned_at > every_s or (serves and not self._has_looked):
+        if now - self._scanned_at > self._scan_period_s() or (serves and not self._has_looked):
             self._scanned_at, self._has_looked = now, serves
             self._look_for_suspects(now)
             self._note_segments()
@@ -390,6 +388,11 @@ class Engine:
             with contextlib.suppress(ProcessLookupError):
                 process.child.send_signal(signal.SIGTERM)
 
+    def _scan_period_s(self) -> float:
+        if self.is_stopping:
+            return ENDING_SCAN_S
+        return SCAN_S if self._has_looked else YOUNG_SCAN_S
+
     def _note_segments(self) -> None:
         """What it has mapped: that is left behind by whoever is killed."""
         self._segments.look(self._answering())
@@ -403,9 +406,6 @@ class Engine:
         assert self._stop_at is not None
         last = self._processes[-1] if self._processes else None
         if last and last.child.poll() is None and now - self._stop_at < self._stop_grace_s:
-            if now - self._noted_at > NOTE_EVERY_S:
-                self._noted_at = now
-                self._note_segments()
             self._terminate(last)
             return
         # A young engine makes segments while it is being ended: what is stopped makes no more.

@@ -33,9 +33,9 @@ _WORKER = "/ray/_private/workers/default_worker.py"
 # which a worker ends. A cluster of ours has one job, and a worker of ours ends with our parent.
 _FIRST_JOB = "01000000"
 _BY_INPUT = "RAY_enable_pipe_based_agent_to_parent_health_check"  # see ray_hook.py
-# The last two are of Ray's own making: how it writes titles, and see _take_over.
 # What Ray loads into its helpers: it handles memory otherwise, and nothing else.
 _ALLOCATOR = "/ray/core/libjemalloc.so"
+# The last two are of Ray's own making: how it writes titles, and see _take_over.
 _HARMLESS = {"_", "SHLVL", "PWD", "OLDPWD", "SPT_NOENV", "OMP_NUM_THREADS"}
 
 

@@ -10,7 +10,12 @@ from pathlib import Path
 import psutil
 import yaml
 
+from launcher import ports
+from launcher.agent.engine import Engine
 from launcher.agent.processes import Reaper
+from launcher.agent.surroundings import Surroundings
+from launcher.documents import Command
+from tests.launcher.worlds import lone_member
 
 
 class FleetUnderTest:
@@ -159,6 +164,15 @@ class Asking(threading.Thread):
     def stop(self) -> None:
         self._enough.set()
         self.join(60)
+
+
+def lone_engine(folder: Path, *commands: Command, slot: int) -> Engine:
+    """A follower's engine below this process, on a block of ports that no fleet here prefers."""
+    block = ports.block(slot)
+    around = Surroundings("n1", *[folder] * 4, f"test-{folder.name}/n1", {**os.environ}, {})
+    update = {"ports": block, "guard_port": block["guard"], "commands": commands}
+    member = lone_member().model_copy(update={"rank": 1, **update})
+    return Engine(member, around, OwnReaper())
 
 
 class OwnReaper(Reaper):

@@ -3,15 +3,12 @@ import socket
 import threading
 import time
 
-from launcher import ports
 from launcher.agent import processes
 from launcher.agent.engine import Engine
 from launcher.agent.surroundings import Surroundings
 from launcher.documents import Command
-from tests.launcher.fleets import OwnReaper, eventually
+from tests.launcher.fleets import eventually, lone_engine
 from tests.launcher.worlds import lone_member
-
-SLOT = 7  # a block of ports that no fleet of the tests prefers
 
 
 def test_the_timer_of_a_fence_leaves_the_next_generation_alone(tmp_path):
@@ -30,29 +27,17 @@ def test_the_timer_of_a_fence_leaves_the_next_generation_alone(tmp_path):
 
 
 def test_a_command_waits_until_its_leader_has_listened_for_as_long_as_it_says(tmp_path):
-    block = ports.block(SLOT)
-    around = Surroundings("n1", *[tmp_path] * 4, "test-wait/n1", {**os.environ}, {})
     with socket.socket() as leader:
         leader.bind(("127.0.0.1", 0))
         port = leader.getsockname()[1]
         command = Command(name="ray-worker", script="sleep 60", after_port=port, after_s=0.3)
-        member = lone_member().model_copy(
-            update={
-                "rank": 1,
-                "commands": (command,),
-                "ports": block,
-                "guard_port": block["guard"],
-            }
-        )
-        engine = Engine(member, around, OwnReaper())
+        engine = lone_engine(tmp_path, command, slot=7)
         engine.start()
         assert engine.starts
         leader.listen()
         engine.poll()
         heard_at = time.monotonic()
-        while engine.starts:
-            assert time.monotonic() < heard_at + 5
-            engine.poll()
+        assert eventually(lambda: engine.poll() or not engine.starts, 5)
         assert time.monotonic() - heard_at >= 0.29
         assert list(engine.pids) == ["ray-worker"]
         engine.stop(0.0)
@@ -60,12 +45,7 @@ def test_a_command_waits_until_its_leader_has_listened_for_as_long_as_it_says(tm
 
 
 def test_a_folder_that_cannot_be_made_ends_the_start_and_not_the_agent(tmp_path):
-    around = Surroundings("n1", *[tmp_path] * 4, "test-full/n1", {**os.environ}, {})
-    block = ports.block(SLOT)
-    member = lone_member().model_copy(
-        update={"rank": 1, "ports": block, "guard_port": block["guard"]}
-    )
-    engine = Engine(member, around, OwnReaper())
+    engine = lone_engine(tmp_path, slot=7)
     engine.scratch.write_text("a file of somebody else's")
     try:
         engine.start()

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ with open(order["out"], "wb") as out:
     child = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=out, stderr=out,
                              cwd=order["folder"])
     open(order["out"] + ".pid", "w").write(str(child.pid))
-    while order["ends_input"] and not os.path.getsize(order["out"]):
+    while order["ends_input"] and not os.path.getsize(order["out"]) and child.poll() is None:
         time.sleep(0.05)
     if order["ends_input"]:
         child.stdin.close()
@@ -356,6 +357,34 @@ def test_a_head_lives_on_where_its_twins_parent_does_not_become_the_engine(groun
     assert head.poll() is None
     ground.parking.clear()
     assert head.wait(5) != 0
+
+
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_an_order_that_cannot_be_followed_costs_the_twin_nothing(ground, end):
+    """Of another container, or broken off: whoever sent it goes on by itself."""
+    ground.park()
+    scratch = ground.parking.scratch
+    (twin,) = [one for one in ground.left() if one.name() == "ray-twin"]
+    order = {
+        "words": [str(ground.worker), "--worker-id=1"],
+        "environment": twin.environ(),
+        "folder": "/",
+        "pids": "pid:[1]",
+        "oom_score_adj": "0",
+    }
+    files = twin.num_fds()
+    for _ in range(3):
+        with socket.socket(socket.AF_UNIX) as hook:
+            hook.settimeout(5)
+            hook.connect(str(scratch / "ray/twin"))
+            socket.send_fds(hook, [json.dumps(order).encode() + end], [0, 1, 2])
+            hook.shutdown(socket.SHUT_WR)
+            assert hook.recv(1) == b""
+    assert eventually(lambda: twin.num_fds() == files, 5)
+    assert twin.children() == []
+    record = scratch / "ray/workers"
+    told = handover.workers(record.read_text()) if record.exists() else ""
+    assert told == ("3 plain: its process ids are those of another container" if end else "")
 
 
 def test_workers_that_draw_their_own_ids_start_plainly(ground):

@@ -11,16 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import ports
 from launcher.agent import processes, segments
-from launcher.agent.engine import Engine
+from launcher.agent.engine import YOUNG_SCAN_S, Engine
 from launcher.agent.segments import Segments
-from launcher.agent.surroundings import Surroundings
 from launcher.agent.sweep import sweep
 from launcher.documents import Command
 from launcher.paths import NodePaths
-from tests.launcher.fleets import OwnReaper, eventually
-from tests.launcher.worlds import lone_member
+from tests.launcher.fleets import eventually, lone_engine
 
 CHILD = """
 import multiprocessing, sys, time
@@ -178,19 +175,15 @@ def test_a_note_is_written_when_there_is_more_to_tell_and_when_there_is_room_aga
     assert not node.segments.exists()
 
 
-def young_engine(tmp_path, program: str) -> Engine:
-    around = Surroundings("n1", *[tmp_path] * 4, "test-young/n1", {**os.environ}, {})
+def young_engine(folder: Path, program: str) -> Engine:
     words = shlex.join([sys.executable, "-c", program])
-    block = ports.block(8)
-    command = Command(name="headless", script=f"{words}; sleep 60")
-    update = {"ports": block, "guard_port": block["guard"], "commands": (command,)}
-    member = lone_member().model_copy(update={"rank": 1, **update})
-    return Engine(member, around, OwnReaper())
+    return lone_engine(folder, Command(name="headless", script=f"{words}; sleep 60"), slot=8)
 
 
 def test_an_engine_that_ends_soon_after_its_start_leaves_no_segment(tmp_path):
     """Whoever mapped it is gone by then, and cannot be asked."""
-    ends = FOR_EVER.replace("range(3000)", "range(3)").replace("sleep(60)", "sleep(2.5)")
+    lives_s = 2.5 * YOUNG_SCAN_S
+    ends = FOR_EVER.replace("range(3000)", "range(3)").replace("sleep(60)", f"sleep({lives_s})")
     engine = young_engine(tmp_path, f"{ends}\nos.kill(os.getppid(), 9)\nos._exit(1)")
     engine.start()
     assert eventually(lambda: engine.poll() or engine.gone, 20)
